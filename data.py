@@ -1,0 +1,403 @@
+"""Data sets, transforms and loaders: the one file that knows file formats, the image mean and the standard deviation.
+
+Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune (those that exist).
+
+    --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label)
+        -- Samples: decode, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
+    uint8 (B, 3, H, W), on the device -- normalize --> floats
+
+Randomness has no state, so a run that was stopped anywhere goes on exactly as if it had not been: the order of an epoch is a
+function of (seed, epoch), the augmentation of a sample one of (seed, epoch, sample). The epoch reaches the loader's workers
+inside the index, because an attribute would go stale in them.
+"""
+import hashlib
+import math
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from vit import UserError
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for every set
+STD = (0.229, 0.224, 0.225)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def _constants(images):
+    return (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (MEAN, STD))
+
+
+def normalize(images):
+    """uint8 (B, 3, H, W) -> float32, normalised with the ImageNet mean and standard deviation."""
+    mean, std = _constants(images)
+    return (images.float() / 255 - mean) / std
+
+
+def denormalize(images):
+    """The inverse of `normalize`, to floats where [0, 1] is black to white."""
+    mean, std = _constants(images)
+    return images * std + mean
+
+
+def seed_of(*what):
+    """Any numbers and strings -> a 64-bit seed that depends on all of them."""
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding
+# --------------------------------------------------------------------------------------------------------------------
+def decode(path):
+    """An image file -> uint8 RGB (3, H, W): grey and palettes expanded, alpha dropped, EXIF rotation applied, 16 bits / 256.
+
+    torchvision's decoder is about twice as fast as PIL, but deprecated, and it knows fewer formats: what it cannot read, PIL tries.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+        if image.dtype == torch.uint16:
+            image = (image.int() // 256).to(torch.uint8)
+        if image.ndim == 3 and image.dtype == torch.uint8:  # an animation has four dimensions
+            return image
+    except (RuntimeError, AttributeError):
+        pass
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits to white
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sets: len(set) and set[i] -> (uint8 (3, H, W), label); `classes` is a list of names, empty without labels
+# --------------------------------------------------------------------------------------------------------------------
+class Files:
+    """Image files with labels, or without (label -1)."""
+
+    def __init__(self, paths, labels=None, classes=()):
+        self.paths, self.labels, self.classes = paths, labels, list(classes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return decode(self.paths[i]), self.labels[i] if self.labels else -1
+
+    def name(self, i):
+        return self.paths[i]
+
+
+class Torchvision:
+    """A set of torchvision's, its PIL images turned into uint8 tensors."""
+
+    def __init__(self, dataset):
+        self.dataset, self.classes = dataset, list(dataset.classes)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        image, label = self.dataset[i]
+        return v2.functional.pil_to_tensor(image.convert("RGB")), label
+
+    def name(self, i):
+        return f"sample {i} of {type(self.dataset).__name__}"
+
+
+def regular_polygon(u, v, corners):
+    """Signed inside-ness of a regular polygon of circumradius 1, for coordinates u, v (H, W): positive inside."""
+    sector = 2 * np.pi / corners
+    angle = (np.arctan2(u, v) + sector / 2) % sector - sector / 2
+    return np.cos(sector / 2) - np.hypot(u, v) * np.cos(angle)
+
+
+SHAPES = {  # name -> signed inside-ness: > 0 inside, about 1 unit per object radius
+    "disc": lambda u, v: 0.9 - np.hypot(u, v),
+    "ring": lambda u, v: 0.25 - np.abs(np.hypot(u, v) - 0.7),
+    "triangle": lambda u, v: regular_polygon(u, v, 3),
+    "square": lambda u, v: 0.75 - np.maximum(np.abs(u), np.abs(v)),
+    "frame": lambda u, v: 0.18 - np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.62),
+    "cross": lambda u, v: np.maximum(np.minimum(0.9 - np.abs(u), 0.28 - np.abs(v)), np.minimum(0.9 - np.abs(v), 0.28 - np.abs(u))),
+    "bar": lambda u, v: np.minimum(0.95 - np.abs(u), 0.3 - np.abs(v)),
+    "crescent": lambda u, v: np.minimum(0.9 - np.hypot(u, v), np.hypot(u - 0.45, v) - 0.65),
+    "heart": lambda u, v: 0.62 - np.hypot(u, v * 1.1 - 0.55 * np.sqrt(np.abs(u)) + 0.15),
+    "star": lambda u, v: 0.62 + 0.3 * np.cos(5 * np.arctan2(u, v)) - np.hypot(u, v),
+}
+
+
+class Shapes:
+    """Drawn images: one textured object near the centre of a cluttered background; its class is the shape alone.
+
+    The single-centric-object images that MixedAE Sec. 3.4 builds on, with a mask and a box to measure by. Colours, texture, size,
+    rotation and background are nuisance. Deterministic: index i of a split is always the same image, and `train` and `val` share none.
+    """
+
+    def __init__(self, image_size, split, length):
+        self.image_size, self.split, self.length = tuple(image_size), split, length
+        self.classes = list(SHAPES)
+        short = min(self.image_size)
+        self.coordinates = np.meshgrid(*(np.linspace(-s / short, s / short, s, dtype=np.float32) for s in self.image_size), indexing="ij")  # y, x
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        sample = self.draw(i)
+        return sample["image"], sample["label"]
+
+    def name(self, i):
+        return f"drawing {i} of shapes/{self.split}"
+
+    def draw(self, i):
+        """{"image": uint8 (3, H, W), "label": int, "mask": bool (H, W), "box": (x0, y0, x1, y1) in pixels, ends excluded}."""
+        rng = np.random.default_rng(seed_of("shapes", self.split, i))
+        (H, W), (y, x) = self.image_size, self.coordinates
+        canvas = self.texture(rng, x, y)  # (H, W, 3)
+        for _ in range(6):  # clutter: boxes of this image's own palette, anywhere
+            cx, cy, w, h = rng.uniform([-1, -1, 0.05, 0.05], [1, 1, 0.35, 0.35]).tolist()
+            box = (np.abs(x - cx) < w) & (np.abs(y - cy) < h)
+            canvas[box] = 0.5 * canvas[box] + 0.5 * rng.uniform(0, 1, 3).astype(np.float32)
+
+        label = int(rng.integers(len(SHAPES)))
+        cx, cy, radius, turn = rng.uniform([-0.25, -0.25, 0.4, -np.pi], [0.25, 0.25, 0.75, np.pi]).tolist()
+        cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
+        u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
+        inside = SHAPES[self.classes[label]](u, v)  # (H, W)
+        alpha = np.clip(0.5 + inside * radius * min(H, W) / 2, 0, 1)[..., None]  # an edge one pixel wide
+        canvas = (1 - alpha) * canvas + alpha * self.texture(rng, x, y)
+
+        mask = alpha[..., 0] > 0.5
+        (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+        image = torch.from_numpy((canvas * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
+        return {"image": image, "label": label, "mask": torch.from_numpy(mask),
+                "box": (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)}
+
+    @staticmethod
+    def texture(rng, x, y):
+        """Two colours blended by a wave of random direction and length: (H, W, 3) in [0, 1]."""
+        first, second = rng.uniform(0, 1, (2, 3)).astype(np.float32)
+        turn, frequency, phase = rng.uniform([0, 1, 0], [np.pi, 12, 2 * np.pi]).tolist()
+        wave = 0.5 + 0.5 * np.sin(frequency * math.cos(turn) * x + frequency * math.sin(turn) * y + phase)
+        return first + wave[..., None] * (second - first)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# --data: from a word to sets
+# --------------------------------------------------------------------------------------------------------------------
+NAMES = ("shapes", "cifar10", "cifar100")
+SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
+
+
+def add_data_args(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="shapes", help=f"a set ({', '.join(NAMES)}), a folder (./cifar10 is one), or a .txt of image paths")
+    group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
+    group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
+    group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),
+                       help="share of the image that a random crop covers (MAE: .2 to 1)")
+    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
+
+
+def open_folder(folder):
+    """A folder -> Files. Its first level of folders are the classes; if images lie directly in it, there are no labels."""
+    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
+    parts = [Path(path).relative_to(folder).parts for path in found]
+    if any(len(part) == 1 for part in parts):
+        return Files(found)
+    classes = sorted({part[0] for part in parts})
+    number = {name: i for i, name in enumerate(classes)}
+    return Files(found, [number[part[0]] for part in parts], classes)
+
+
+def open_list(path):
+    """A .txt with one image path a line, relative to the list's own folder -> Files without labels."""
+    paths = [str(path.parent / line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    if not paths:
+        raise UserError(f"{path}: no image paths in it")
+    missing = [p for p in paths if not os.path.isfile(p)]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of its {len(paths)} files do not exist, the first is {missing[0]}")
+    return Files(sorted(paths))
+
+
+def open_torchvision(args):
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.data]
+    try:
+        return tuple(Torchvision(kind(args.data_root, train=train, download=args.download)) for train in (True, False))
+    except Exception as error:  # each set and each server fails in its own way
+        raise UserError(f"--data {args.data}: {str(error).splitlines()[0]} -- put its files below {args.data_root} "
+                        f"(--data-root) or add --download") from None
+
+
+def open_sets(args):
+    """--data -> (train set, val set or None)."""
+    if args.data == "shapes":
+        return Shapes(args.image_size, "train", SHAPES_TRAIN), Shapes(args.image_size, "val", SHAPES_VAL)
+    if args.data in NAMES:
+        return open_torchvision(args)
+    path = Path(args.data)
+    if path.is_dir():
+        val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+        if (path / "train").is_dir() and val:
+            return open_folder(path / "train"), open_folder(val)
+        return open_folder(path), None
+    if path.suffix == ".txt" and path.is_file():
+        return open_list(path), None
+    raise UserError(f"--data {args.data}: neither a set ({', '.join(NAMES)}) nor an existing folder or .txt list")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples and batches
+# --------------------------------------------------------------------------------------------------------------------
+def train_transform(args):
+    """MAE's pre-training augmentation on uint8 tensors: random resized crop (bicubic) and flip."""
+    return v2.Compose([
+        v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.RandomHorizontalFlip(),
+    ])
+
+
+class FitTo:
+    """The largest centred crop of the asked aspect ratio, resized (bicubic) to image_size: uint8 (3, h, w) -> (3, H, W)."""
+
+    def __init__(self, image_size):
+        self.image_size = image_size
+
+    def __call__(self, image):
+        (H, W), (h, w) = self.image_size, image.shape[-2:]
+        scale = min(h / H, w / W)
+        image = v2.functional.center_crop(image, [round(H * scale), round(W * scale)])
+        return v2.functional.resize(image, self.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+class Samples(torch.utils.data.Dataset):
+    """(epoch, i) -> (image uint8 (3, H, W) or None, label, names of broken samples met).
+
+    A broken sample is replaced by another one of the same set, drawn from (seed, epoch, i) like the augmentation; after ten broken
+    ones in a row the image is None, and the training process decides.
+    """
+
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        epoch, i = index
+        torch.default_generator.manual_seed(seed_of(self.seed, "augment", epoch, i))
+        broken = []
+        while len(broken) < 10:
+            try:
+                image, label = self.dataset[i]
+                return self.transform(image), label, broken
+            except (OSError, ValueError, RuntimeError, SyntaxError):  # what PIL and torchvision raise on bad files
+                broken.append(self.dataset.name(i))
+                i = int(torch.randint(len(self.dataset), ()))
+        return None, -1, broken
+
+
+def collate(samples):
+    """Samples -> images (B, 3, H, W) uint8, or None if one could not be made; labels (B,); names of broken samples."""
+    images, labels, broken = zip(*samples)
+    whole = all(image is not None for image in images)
+    return torch.stack(images) if whole else None, torch.tensor(labels), [name for names in broken for name in names]
+
+
+class Batches(torch.utils.data.Sampler):
+    """The indices [(epoch, i), ...] of each micro-batch of one process, for the steps from `start` to the end of the run.
+
+    B' = batch_size x world x accumulate. Batch k of an epoch is order[k B' : (k + 1) B'], of which each process and then each of
+    its micro-batches takes a contiguous slice, so that groups of neighbours (MixedAE) do not depend on the number of processes.
+    What is left at the end of an epoch is dropped.
+    """
+
+    def __init__(self, length, batch_size, accumulate, rank, world, seed, epochs):
+        self.shape = (world, accumulate, batch_size)
+        self.global_batch = world * accumulate * batch_size  # B'
+        if self.global_batch > length:
+            raise UserError(f"a batch of {self.global_batch} images ({batch_size} x {world} processes x {accumulate} accumulated) is "
+                            f"larger than the set of {length}; lower --batch-size")
+        self.length, self.rank, self.seed, self.start = length, rank, seed, 0
+        self.steps_per_epoch = length // self.global_batch
+        self.steps = epochs * self.steps_per_epoch
+
+    def __len__(self):
+        return (self.steps - self.start) * self.shape[1]
+
+    def __iter__(self):
+        order, order_epoch = None, None
+        for step in range(self.start, self.steps):
+            epoch, k = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+                order, order_epoch = torch.randperm(self.length, generator=generator), epoch
+            for micro_batch in order[k * self.global_batch :][: self.global_batch].view(self.shape)[self.rank]:
+                yield [(epoch, i) for i in micro_batch.tolist()]
+
+
+def ignore_signals(worker):
+    """A signal to the whole group must not take the workers before the training process has saved; it ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(samples, batches, workers, pin_memory):
+    """A DataLoader that yields what `collate` returns, for each index list of `batches`."""
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+                      worker_init_fn=ignore_signals, prefetch_factor=4 if workers else None)
+
+
+class BrokenImages:
+    """Names and counts the broken images that one process met; more than 10 and more than 1 % of what it saw are too many."""
+
+    def __init__(self):
+        self.names, self.seen = set(), 0
+
+    def count(self, images, names):
+        """What `collate` returned -> whether there are too many by now; a UserError if a batch could not be filled at all."""
+        for name in dict.fromkeys(names):
+            if name not in self.names:
+                tqdm.write(f"warning: {name} is broken; another image takes its place", file=sys.stderr)
+        self.names.update(names)
+        if images is None:
+            raise UserError(f"{len(self.names)} images cannot be read, the first is {names[0]}; too many are broken", code=1)
+        self.seen += len(images)
+        return len(self.names) > 10 and len(self.names) > 0.01 * self.seen
+
+
+def first_images(dataset, image_size, count):
+    """The first `count` images of a set, centred, uint8 (count, 3, H, W); broken ones are replaced."""
+    samples = Samples(dataset, FitTo(image_size), seed=0)
+    images, _, names = collate([samples[0, i] for i in range(min(count, len(dataset)))])
+    BrokenImages().count(images, names)
+    return images
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------------------
+def picture_sheet(panels, titles):
+    """panels (B, k, 3, H, W) in [0, 1] -> one PIL image: a row per image, a titled column per panel, enlarged if small."""
+    zoom = max(1, round(128 / panels.shape[-2]))
+    panels = panels.cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    grid = v2.functional.to_pil_image(make_grid(panels.flatten(0, 1), nrow=panels.shape[1], padding=4, pad_value=1))
+    sheet = Image.new("RGB", (grid.width, grid.height + 16), "white")
+    sheet.paste(grid, (0, 16))
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((4 + i * (panels.shape[-1] + 4), 3), title, fill="black")
+    return sheet

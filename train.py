@@ -1,0 +1,620 @@
+"""Pre-train any of the methods: one loop for one process and for many, on CPU and on CUDA.
+
+Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> **train** -> finetune (those that exist).
+
+    python train.py --method mixedae                                   # drawn images, a laptop, no network
+    python train.py --method mae --data path/to/images --size base     # any folder
+    torchrun --nproc_per_node=8 train.py --method mixedae ...          # the same lines, 8 processes
+    python train.py --method mixedae -h                                # the flags of a method, with their defaults
+
+A run lives in its folder (--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt, pictures/. The same
+command again resumes it; on CPU, with the same number of processes, the result is bit for bit that of a run never stopped.
+Exit codes: 0 finished (or finished already), 1 failed while running, 2 a mistake in flags or files, 128 + n saved after signal n.
+"""
+import argparse
+import contextlib
+import fcntl
+import gc
+import json
+import math
+import os
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import (Batches, BrokenImages, FitTo, Samples, add_data_args, first_images, loader, normalize, open_sets, picture_sheet, seed_of,
+                  train_transform)
+from mixedae import MixedAE
+from mrmae import MAE, from_official_mae
+from vit import Block, UserError, add_size_args, load_file, resolve_sizes
+
+METHODS = {"mae": MAE, "mixedae": MixedAE}
+LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
+FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
+              "batch_size", "accumulate"}  # may change when a run resumes: they do not shape its result, or only as the global batch
+BAD_STEPS = 10  # as many non-finite steps in a row stop the run
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --method METHOD -h lists the flags)")
+
+
+def parse_args(argv=None, base=()):
+    """Flags -> args with every size explicit. Two phases, --method first, because each method adds flags and defaults of its own.
+
+    base: an earlier command whose flags are taken over where this method knows them (--benchmark).
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--method", choices=METHODS, default="mixedae", help="what to train")
+    method = first.parse_known_args(argv)[0].method
+
+    parser = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.splitlines()[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("training").add_argument
+    add("--out", help="the run's folder [runs/METHOD]")
+    add("--epochs", type=int, default=6, help="passes over the set (ours; the papers: 300 to 1600)")
+    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; the papers: 40)")
+    add("--batch-size", type=int, default=32, help="clean images per process and micro-step (ours)")
+    add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
+    add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
+    add("--lr", type=float, help=f"absolute learning rate, wins over --blr [{LAPTOP_LR} where neither is given]")
+    add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's; none on biases and one-dimensional parameters")
+    add("--seed", type=int, default=0, help="of initialisation, order, augmentation, masks")
+    add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published MAE file")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: on CUDA bf16, or fp16 on older cards; on CPU fp32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a card")
+    add("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler on CPU)")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory, about a third more time")
+    add("--val-images", type=int, default=512, help="images of the val set for val_loss; 0: none")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps, and at each epoch's end")
+    add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
+    add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
+    add_data_args(parser)
+    add_size_args(parser)
+    METHODS[method].add_args(parser)
+
+    args = parser.parse_args(argv, parser.parse_known_args(base)[0])
+    args.out = args.out or f"runs/{method}"
+    for flag, least in dict(epochs=1, batch_size=1, accumulate=1, workers=0, val_images=0, log_every=1, save_every=0, warmup_epochs=0).items():
+        if not getattr(args, flag) >= least:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
+    resolve_sizes(args)
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes, precision, randomness
+# --------------------------------------------------------------------------------------------------------------------
+def start_processes(args):
+    """Join the process group of torchrun, or make one of this process alone -> (rank, world, device)."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA card is usable here; use --device cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def amp_dtype(args, device):
+    """--precision -> the dtype of autocast, or None for fp32."""
+    if args.precision == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+
+
+def autocast(args, device):
+    dtype = amp_dtype(args, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def seed_torch(*what):
+    """Seed torch's generators with a function of `what`. (torch.manual_seed does the same at a hundred times the cost.)"""
+    torch.default_generator.manual_seed(seed_of(*what))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed_of(*what))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimization
+# --------------------------------------------------------------------------------------------------------------------
+def lr_at(epoch, lr, warmup_epochs, epochs, min_lr=0.0):
+    """Learning rate at a fractional epoch: linear from 0 during warm-up, then half a cosine down to min_lr (MAE's schedule)."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+
+def build_optimizer(model, args):
+    """Fused AdamW; no weight decay on biases and one-dimensional parameters (MAE's rule: tokens do decay, frozen tables are out)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
+    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
+
+
+def wrap(model, args, device):
+    """DDP around the model, for one process too, so that there is one path. Applies --compile and --recompute."""
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        block.recompute = args.recompute
+        if args.compile:
+            block.compile(dynamic=False)  # in place: the names in the state dict stay
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    if dist.get_world_size() > 1:  # DDP orders its buckets anew after the first step, which changes sums: a resumed run would differ
+        with autocast(args, device):
+            loss, _ = ddp(torch.zeros(args.batch_size, 3, *args.image_size, device=device))
+        loss.backward()
+        ddp.zero_grad()
+    return ddp
+
+
+def forward_backward(model, optimizer, scaler, micro_batches, step, args, device):
+    """Gradients of one optimizer step: uint8 micro-batches -> ({"loss": (), each loss term: (), "grad_norm": ()}), on the device."""
+    optimizer.zero_grad()
+    sums = {}
+    for i, images in enumerate(micro_batches):
+        seed_torch(args.seed, "step", step, i, dist.get_rank())  # masks, mixing and all other draws of this micro-step
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else model.no_sync():
+            with autocast(args, device):
+                loss, metrics = model(normalize(images))
+            scaler.scale(loss / len(micro_batches)).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            sums[name] = sums.get(name, 0) + value / len(micro_batches)
+    scaler.unscale_(optimizer)
+    sums["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return sums
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run's folder. Only rank 0 writes.
+# --------------------------------------------------------------------------------------------------------------------
+class RunFolder:
+    """args.json, log.jsonl, checkpoint.pt, encoder.pt and pictures/, written so that a kill or a full disk harms none of them."""
+
+    def __init__(self, path):
+        self.path, self.failed = Path(path), False
+        try:
+            (self.path / "pictures").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when this process dies, in whatever way
+        except OSError:
+            raise UserError(f"--out {path}: another process is training in this folder; stop it or choose another folder") from None
+
+    def write(self, name, write):
+        """write(file) into a temporary file, then rename: the old file survives whatever happens. A failure is told, not raised."""
+        temporary, path = self.path / (name + ".tmp"), self.path / name
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            self.warn(name, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def warn(self, name, error):
+        self.failed = True
+        tqdm.write(f"warning: {self.path / name} could not be written ({str(error).splitlines()[0]}); the old one stays", file=sys.stderr)
+
+    def log(self, row):
+        try:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.warn("log.jsonl", error)
+
+    def cut_log(self, step):
+        """Drop the rows after `step`, which a resumed run writes again, and a last line that a kill cut short."""
+        rows, path = [], self.path / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    rows.append(line + "\n")
+        self.write("log.jsonl", lambda file: file.write("".join(rows).encode()))
+
+    def describe(self, args, argv):
+        """args.json: the flags, and what else one needs to repeat the run."""
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = {**vars(args), "torch": torch.__version__, "command": shlex.join(["train.py", *argv]), "commit": commit.stdout.strip()}
+        self.write("args.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
+
+    def picture(self, name, panels, titles):
+        sheet = picture_sheet(panels, titles)
+        self.write(f"pictures/{name}", lambda file: sheet.save(file, "PNG"))
+
+
+def load_weights(model, path):
+    """--init: weights alone, from a checkpoint.pt, an encoder.pt (which fills the encoder) or a published MAE file."""
+    state = load_file(path)
+    if not isinstance(state, dict):
+        raise UserError(f"--init {path}: holds no weights by name")
+    if "config" in state:  # encoder.pt
+        weights = {"encoder." + name: value for name, value in state["state_dict"].items()}
+    elif "optimizer" in state and "args" in state:  # checkpoint.pt
+        weights = state["model"]
+    else:
+        weights = from_official_mae(state)
+    own = model.state_dict()
+    if "config" in state or not isinstance(model, MAE):
+        weights = {**own, **{name: value for name, value in weights.items() if name.startswith("encoder.")}}
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise UserError(f"--init {path}: does not fit this {type(model).__name__}: {lines[0][:300]}") from None
+
+
+def resume(path, model, optimizer, scaler, args, global_batch):
+    """checkpoint.pt, if there is one, into model, optimizer and scaler -> (step, sums of the unfinished log interval)."""
+    if not path.exists():
+        return 0, {}
+    saved = load_file(path)
+    if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
+        raise UserError(f"{path}: not a checkpoint of train.py; move it away or choose another --out")
+    then = {**saved["args"], "global batch": saved["global_batch"]}
+    now = {**vars(args), "global batch": global_batch}
+    changed = [f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
+               for key in sorted((then.keys() | now.keys()) - FREE_FLAGS) if then.get(key) != now.get(key)]
+    if changed:
+        raise UserError(f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new run")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    return saved["step"], saved["sums"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------------------------
+class Stop:
+    """Set by SIGTERM and SIGINT: the loop finishes its step, saves and leaves with 128 + the signal's number."""
+
+    def __init__(self):
+        self.code = 0
+        self.old = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(self, number, frame):
+        self.code = 128 + number
+
+    def restore(self):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def reset_peak_memory_mb(device):
+    """Start a new measurement of the peak -> what is in use now, MB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux alone can
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory_mb(device)
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage speaks of bytes there, of KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+@dataclass
+class Run:
+    """What the functions of a run share."""
+
+    args: argparse.Namespace
+    model: torch.nn.Module  # the method itself
+    ddp: DistributedDataParallel  # the same, wrapped
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    folder: RunFolder | None  # on rank 0
+    device: torch.device
+    lr: float  # the peak of the schedule
+    batches: Batches  # knows the global batch B', the steps of an epoch and of the run
+
+
+def save(run, step, sums):
+    """checkpoint.pt (resumes) and encoder.pt (transfers), after `step` steps."""
+    saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
+             "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
+    run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
+    run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
+
+
+def mean_over_processes(values, device):
+    """{name: () tensor or number} -> {name: float}, averaged. The one synchronisation of a step; a NaN anywhere shows everywhere."""
+    vector = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
+    dist.all_reduce(vector)
+    return dict(zip(values, (vector / dist.get_world_size()).tolist()))
+
+
+def optimizer_step(run, micro_batches, step, stop_asked):
+    """One step on this process's micro-batches -> (values as floats, finite). A step that is not finite changes no weight."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs)
+    values = forward_backward(run.ddp, run.optimizer, run.scaler, micro_batches, step, run.args, run.device)
+    values = mean_over_processes({**values, "stop": float(stop_asked)}, run.device)
+    finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    if finite or run.scaler.is_enabled():  # the scaler skips such a step itself and lowers its scale
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    return values, finite
+
+
+@torch.no_grad()
+def evaluate(run, images):
+    """Mean loss over whole batches of uint8 val images, with the same masks each time; each process takes every world-th batch."""
+    size, total = run.args.batch_size, torch.zeros(2, device=run.device)  # sum, count
+    for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
+        seed_torch(run.args.seed, "val", j)
+        with autocast(run.args, run.device):
+            loss, _ = run.model(normalize(images[j * size :][:size].to(run.device)))
+        total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def look(run, images):
+    """The method's pictures of uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
+    seed_torch(run.args.seed, "look")
+    with autocast(run.args, run.device):
+        return run.model.visualize(normalize(images.to(run.device)))
+
+
+class Meter:
+    """What a log row averages: the metrics of the steps since the last row, images per second, the share of time spent waiting for data."""
+
+    def __init__(self, step, sums=()):
+        self.step, self.started, self.waited, self.sums = step, time.perf_counter(), 0.0, dict(sums)
+
+    def add(self, values):
+        for name, value in {**values, "count": 1.0}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def row(self, run, done):
+        seconds = time.perf_counter() - self.started
+        means = {name: total / self.sums["count"] for name, total in self.sums.items() if name != "count"}
+        return {"step": done, "epoch": done / run.batches.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"], **means,
+                "images_per_s": (done - self.step) * run.batches.global_batch / seconds, "data_wait": self.waited / seconds,
+                "memory_mb": peak_memory_mb(run.device)}
+
+
+def next_batches(run, stream, broken):
+    """The micro-batches of one step, uint8 on the device -> (list of (B, 3, H, W), whether too many images are broken)."""
+    micro_batches, too_many = [], False
+    for _ in range(run.args.accumulate):
+        images, _, names = next(stream)
+        too_many = broken.count(images, names)
+        micro_batches.append(images.to(run.device, non_blocking=True))
+    return micro_batches, too_many
+
+
+def run_steps(run, stream, sums, stop, held_out):
+    """The loop: the steps from run.batches.start on, with the batches of `stream` -> (steps done, whether too many images were broken).
+
+    sums: totals of a log interval that a stop cut in two. held_out: uint8 val images, or None.
+    """
+    args, folder = run.args, run.folder
+    start = run.batches.start
+    meter, broken, bad_in_row, saved_at = Meter(start, sums), BrokenImages(), 0, time.perf_counter()
+    bar = tqdm(total=run.batches.steps, initial=start, unit="step", disable=folder is None, mininterval=1.0)
+    for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
+        asked = time.perf_counter()
+        micro_batches, too_many = next_batches(run, stream, broken)
+        meter.waited += time.perf_counter() - asked
+
+        values, finite = optimizer_step(run, micro_batches, done - 1, stop.code or too_many)
+        leave = values.pop("stop") > 0
+        if finite:
+            bad_in_row = 0
+            meter.add(values)
+        elif not run.scaler.is_enabled() or run.scaler.get_scale() < 1:  # fp16's own search for a scale does not count
+            bad_in_row += 1
+            if bad_in_row == BAD_STEPS:
+                raise UserError(f"{BAD_STEPS} steps in a row, up to step {done}, had a loss or gradient that is not finite; the last good "
+                                f"checkpoint stays in {args.out}; try a lower learning rate (now {run.lr:g}) or --precision fp32", code=1)
+
+        bar.update()
+        epoch_ends = done % run.batches.steps_per_epoch == 0
+        if (done % args.log_every == 0 or epoch_ends) and meter.sums:
+            row = meter.row(run, done)
+            if epoch_ends and held_out is not None:
+                row["val_loss"] = evaluate(run, held_out)
+            if folder:
+                row |= look(run, micro_batches[-1][:64])[1]
+                folder.log(row)
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
+                if epoch_ends:
+                    shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
+                    tqdm.write(f"epoch {done // run.batches.steps_per_epoch}/{args.epochs}: {', '.join(shown)}")
+            meter = Meter(done)
+        if folder and epoch_ends:
+            panels, _ = look(run, micro_batches[-1] if held_out is None else held_out[: args.batch_size])
+            folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
+        due = epoch_ends or leave or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
+        if folder and due and not bad_in_row:
+            save(run, done, meter.sums)
+            saved_at = time.perf_counter()
+        if leave:
+            break
+    bar.close()
+    return done, too_many
+
+
+def train(args, argv, rank, world, device):
+    """One run, from its flags to its last checkpoint -> exit code."""
+    torch.manual_seed(args.seed)  # every process starts from the same weights
+    model = METHODS[args.method](args).to(device)
+    train_set, val_set = open_sets(args)
+    batches = Batches(len(train_set), args.batch_size, args.accumulate, rank, world, args.seed, args.epochs)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
+    folder = RunFolder(args.out) if rank == 0 else None
+    if args.init:
+        load_weights(model, args.init)
+    optimizer = build_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    batches.start, sums = resume(Path(args.out) / "checkpoint.pt", model, optimizer, scaler, args, batches.global_batch)
+    dist.barrier()  # all have read the checkpoint before rank 0 writes the next
+    run = Run(args, model, wrap(model, args, device), optimizer, scaler, folder, device, lr, batches)
+    held_out = None
+    if val_set and args.batch_size <= min(args.val_images, len(val_set)):
+        held_out = first_images(val_set, args.image_size, args.val_images)
+    if folder:
+        folder.describe(args, argv)
+        folder.cut_log(batches.start)
+        announce(run, world)
+
+    stop, done, too_many = Stop(), batches.start, False
+    try:
+        if done < batches.steps:
+            stream = iter(loader(Samples(train_set, train_transform(args), args.seed), batches, args.workers, device.type == "cuda"))
+            done, too_many = run_steps(run, stream, sums, stop, held_out)
+    finally:
+        stop.restore()
+    if folder:
+        farewell(run, done)
+    if done < batches.steps:
+        return 1 if too_many else stop.code or 128 + signal.SIGTERM  # without a code: another process got the signal
+    return int(folder is not None and folder.failed)
+
+
+def announce(run, world):
+    """What is about to run, with the numbers that users ask for first."""
+    args, batches = run.args, run.batches
+    precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
+    rule = "--lr" if args.lr else f"blr {args.blr:g} x {batches.global_batch} / 256" if args.blr else "our default"
+    print(f"{args.method}: {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f} M parameters, {precision}, {world} x {run.device}\n"
+          f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = {batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
+          f"data: {args.data}, {batches.length} images; {args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {batches.start}", flush=True)
+
+
+def farewell(run, done):
+    """The last line: what there is now, and what to run next."""
+    args, steps = run.args, run.batches.steps
+    if done < steps:
+        print(f"stopped after step {done} of {steps} and saved in {args.out}; the same command resumes", flush=True)
+        return
+    if not (run.folder.path / "encoder.pt").exists():  # a kill came between the two files
+        save(run, done, {})
+    other = "mae" if args.method != "mae" else "mixedae"
+    print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds encoder.pt (what transfers), checkpoint.pt, "
+          f"log.jsonl and pictures/. To compare: python train.py --method {other} --data {args.data}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# --benchmark
+# --------------------------------------------------------------------------------------------------------------------
+def timed(function, device):
+    """Seconds that one call takes, the device's queue included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def training_step(args, device):
+    """The real step of a method on random images, as a function without arguments. (Its learning rate is 0.)"""
+    model = wrap(METHODS[args.method](args).to(device), args, device)
+    optimizer = build_optimizer(model, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    batch = torch.randint(0, 256, (args.batch_size, 3, *args.image_size), dtype=torch.uint8, device=device)
+
+    def step():
+        values = forward_backward(model, optimizer, scaler, [batch] * args.accumulate, 0, args, device)
+        mean_over_processes(values, device)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def benchmark(args, argv, rank, world, device):
+    """Time one step of --method and of the OTHER methods in turns, beside a plain matrix product; prints medians of 10 rounds."""
+    names = [args.method, *args.benchmark]
+    every_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
+    steps, flops, memory = [], [], []
+    for its_args in every_args:
+        before = reset_peak_memory_mb(device)
+        steps.append(training_step(its_args, device))
+        steps[-1]()
+        memory.append(peak_memory_mb(device) - before)
+        with FlopCounterMode(display=False) as counter:
+            steps[-1]()
+        flops.append(counter.get_total_flops())
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
+    product = lambda: a @ b
+    seconds = [[timed(function, device) for function in (product, *steps)] for _ in range(10)]
+    product_seconds, *step_seconds = (statistics.median(column) for column in zip(*seconds))
+    rate = 2 * size**3 / product_seconds
+    if rank == 0:
+        print(f"matrix product of {size}: {rate / 1e12:.3g} TFLOP/s ({a.dtype}); medians of {len(seconds)} rounds in turns")
+        for name, its_args, s, f, m in zip(names, every_args, step_seconds, flops, memory):
+            images = its_args.batch_size * its_args.accumulate * world
+            print(f"{name}: {images / s:.4g} images/s, {1000 * s:.4g} ms/step of {images} images, {m:.0f} MB, {f / 1e9:.4g} GFLOP/step = "
+                  f"{100 * f / s / rate:.0f} % of the matrix product's rate, {s / step_seconds[0]:.3f} x {names[0]}'s time")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    """Parse, join the processes, train or time, leave. Raises SystemExit for every exit code but 0."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = parse_args(argv)
+        rank, world, device = start_processes(args)
+        code = (train if args.benchmark is None else benchmark)(args, argv, rank, world, device)
+        gc.collect()  # the DDP module goes before its process group, or gloo aborts now and then
+        dist.barrier()
+    except UserError as error:
+        code = error.code
+        if os.environ.get("RANK", "0") == "0" or code == 1:  # mistakes are the same everywhere; what fails while running is not
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
