@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (Batches, BrokenImages, FitTo, Samples, add_data_args, first_images, loader, normalize, open_sets, picture_sheet, seed_of,
+from data import (Batches, BrokenImages, Samples, add_data_args, first_images, loader, normalize, open_sets, picture_sheet, seed_of,
                   train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
@@ -106,7 +107,7 @@ def parse_args(argv=None, base=()):
 # Processes, precision, randomness
 # --------------------------------------------------------------------------------------------------------------------
 def start_processes(args):
-    """Join the process group of torchrun, or make one of this process alone -> (rank, world, device)."""
+    """Join the process group of torchrun, or make one of this process alone -> device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA card is usable here; use --device cpu")
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -118,7 +119,7 @@ def start_processes(args):
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
+    return device
 
 
 def amp_dtype(args, device):
@@ -259,64 +260,46 @@ class RunFolder:
 
 
 def load_weights(model, path):
-    """--init: weights alone, from a checkpoint.pt, an encoder.pt (which fills the encoder) or a published MAE file."""
+    """--init: weights alone, from a checkpoint.pt of this method, an encoder.pt or a published MAE file (these fill the encoder)."""
     state = load_file(path)
-    if not isinstance(state, dict):
-        raise UserError(f"--init {path}: holds no weights by name")
-    if "config" in state:  # encoder.pt
-        weights = {"encoder." + name: value for name, value in state["state_dict"].items()}
-    elif "optimizer" in state and "args" in state:  # checkpoint.pt
-        weights = state["model"]
-    else:
-        weights = from_official_mae(state)
-    own = model.state_dict()
-    if "config" in state or not isinstance(model, MAE):
-        weights = {**own, **{name: value for name, value in weights.items() if name.startswith("encoder.")}}
     try:
+        if "config" in state:  # encoder.pt
+            weights = {"encoder." + name: value for name, value in state["state_dict"].items()}
+        else:
+            weights = state["model"] if "optimizer" in state and "sums" in state else from_official_mae(state)
+        if "config" in state or not isinstance(model, MAE) and "optimizer" not in state:
+            weights = model.state_dict() | {name: value for name, value in weights.items() if name.startswith("encoder.")}
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise UserError(f"--init {path}: does not fit this {type(model).__name__}: {lines[0][:300]}") from None
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        reason = (str(error).splitlines()[1:] or [str(error)])[0].strip()
+        raise UserError(f"--init {path}: does not fit this {type(model).__name__}: {reason[:300]}") from None
 
 
-def resume(path, model, optimizer, scaler, args, global_batch):
-    """checkpoint.pt, if there is one, into model, optimizer and scaler -> (step, sums of the unfinished log interval)."""
+def resume(run):
+    """checkpoint.pt, if there is one, into the run -> the sums of its unfinished log interval."""
+    path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
-        return 0, {}
+        return {}
     saved = load_file(path)
     if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
         raise UserError(f"{path}: not a checkpoint of train.py; move it away or choose another --out")
     then = {**saved["args"], "global batch": saved["global_batch"]}
-    now = {**vars(args), "global batch": global_batch}
+    now = {**vars(run.args), "global batch": run.batches.global_batch}
     changed = [f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
                for key in sorted((then.keys() | now.keys()) - FREE_FLAGS) if then.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new run")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if scaler.is_enabled() and saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    return saved["step"], saved["sums"]
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if run.scaler.is_enabled() and saved["scaler"]:
+        run.scaler.load_state_dict(saved["scaler"])
+    run.batches.start = saved["step"]
+    return saved["sums"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The loop
 # --------------------------------------------------------------------------------------------------------------------
-class Stop:
-    """Set by SIGTERM and SIGINT: the loop finishes its step, saves and leaves with 128 + the signal's number."""
-
-    def __init__(self):
-        self.code = 0
-        self.old = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_signal(self, number, frame):
-        self.code = 128 + number
-
-    def restore(self):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
 def reset_peak_memory_mb(device):
     """Start a new measurement of the peak -> what is in use now, MB."""
     if device.type == "cuda":
@@ -339,14 +322,26 @@ class Run:
     """What the functions of a run share."""
 
     args: argparse.Namespace
+    device: torch.device
+    batches: Batches  # knows the global batch B', the steps of an epoch and of the run, and where to start
     model: torch.nn.Module  # the method itself
     ddp: DistributedDataParallel  # the same, wrapped
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    folder: RunFolder | None  # on rank 0
-    device: torch.device
+    scaler: torch.amp.GradScaler  # does nothing but under fp16
     lr: float  # the peak of the schedule
-    batches: Batches  # knows the global batch B', the steps of an epoch and of the run
+    folder: RunFolder | None = None  # on rank 0
+
+
+def build_run(args, length, device):
+    """Model, optimizer and plan of a run over a set of `length` images."""
+    batches = Batches(length, args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
+    torch.manual_seed(args.seed)  # every process starts from the same weights
+    model = METHODS[args.method](args).to(device)
+    if args.init:
+        load_weights(model, args.init)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
+    return Run(args, device, batches, model, wrap(model, args, device), build_optimizer(model, args), scaler, lr)
 
 
 def save(run, step, sums):
@@ -415,16 +410,6 @@ class Meter:
                 "memory_mb": peak_memory_mb(run.device)}
 
 
-def next_batches(run, stream, broken):
-    """The micro-batches of one step, uint8 on the device -> (list of (B, 3, H, W), whether too many images are broken)."""
-    micro_batches, too_many = [], False
-    for _ in range(run.args.accumulate):
-        images, _, names = next(stream)
-        too_many = broken.count(images, names)
-        micro_batches.append(images.to(run.device, non_blocking=True))
-    return micro_batches, too_many
-
-
 def run_steps(run, stream, sums, stop, held_out):
     """The loop: the steps from run.batches.start on, with the batches of `stream` -> (steps done, whether too many images were broken).
 
@@ -435,11 +420,14 @@ def run_steps(run, stream, sums, stop, held_out):
     meter, broken, bad_in_row, saved_at = Meter(start, sums), BrokenImages(), 0, time.perf_counter()
     bar = tqdm(total=run.batches.steps, initial=start, unit="step", disable=folder is None, mininterval=1.0)
     for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
-        asked = time.perf_counter()
-        micro_batches, too_many = next_batches(run, stream, broken)
+        asked, micro_batches = time.perf_counter(), []
+        for _ in range(args.accumulate):
+            images, _, names = next(stream)
+            too_many = broken.count(images, names)
+            micro_batches.append(images.to(run.device, non_blocking=True))
         meter.waited += time.perf_counter() - asked
 
-        values, finite = optimizer_step(run, micro_batches, done - 1, stop.code or too_many)
+        values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop or too_many))
         leave = values.pop("stop") > 0
         if finite:
             bad_in_row = 0
@@ -477,46 +465,41 @@ def run_steps(run, stream, sums, stop, held_out):
     return done, too_many
 
 
-def train(args, argv, rank, world, device):
+def train(args, argv, device):
     """One run, from its flags to its last checkpoint -> exit code."""
-    torch.manual_seed(args.seed)  # every process starts from the same weights
-    model = METHODS[args.method](args).to(device)
     train_set, val_set = open_sets(args)
-    batches = Batches(len(train_set), args.batch_size, args.accumulate, rank, world, args.seed, args.epochs)
-    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
-    folder = RunFolder(args.out) if rank == 0 else None
-    if args.init:
-        load_weights(model, args.init)
-    optimizer = build_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
-    batches.start, sums = resume(Path(args.out) / "checkpoint.pt", model, optimizer, scaler, args, batches.global_batch)
+    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
+    run = build_run(args, len(train_set), device)
+    run.folder, batches, held_out = folder, run.batches, None
+    sums = resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
-    run = Run(args, model, wrap(model, args, device), optimizer, scaler, folder, device, lr, batches)
-    held_out = None
-    if val_set and args.batch_size <= min(args.val_images, len(val_set)):
+    if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
         held_out = first_images(val_set, args.image_size, args.val_images)
     if folder:
         folder.describe(args, argv)
         folder.cut_log(batches.start)
-        announce(run, world)
+        announce(run)
 
-    stop, done, too_many = Stop(), batches.start, False
+    stop, done, too_many = [], batches.start, False  # a signal only leaves a note: the loop finishes its step, saves and returns
+    old = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if done < batches.steps:
-            stream = iter(loader(Samples(train_set, train_transform(args), args.seed), batches, args.workers, device.type == "cuda"))
+            samples = Samples(train_set, train_transform(args), args.seed)
+            stream = iter(loader(samples, batches, args.workers, device.type == "cuda"))
             done, too_many = run_steps(run, stream, sums, stop, held_out)
     finally:
-        stop.restore()
+        for number, handler in old.items():
+            signal.signal(number, handler)
     if folder:
         farewell(run, done)
     if done < batches.steps:
-        return 1 if too_many else stop.code or 128 + signal.SIGTERM  # without a code: another process got the signal
+        return 1 if too_many else 128 + (stop or [signal.SIGTERM])[0]  # where another process got the signal, its number is not known
     return int(folder is not None and folder.failed)
 
 
-def announce(run, world):
+def announce(run):
     """What is about to run, with the numbers that users ask for first."""
-    args, batches = run.args, run.batches
+    args, batches, world = run.args, run.batches, dist.get_world_size()
     precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
     rule = "--lr" if args.lr else f"blr {args.blr:g} x {batches.global_batch} / 256" if args.blr else "our default"
     print(f"{args.method}: {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f} M parameters, {precision}, {world} x {run.device}\n"
@@ -551,30 +534,15 @@ def timed(function, device):
     return time.perf_counter() - started
 
 
-def training_step(args, device):
-    """The real step of a method on random images, as a function without arguments. (Its learning rate is 0.)"""
-    model = wrap(METHODS[args.method](args).to(device), args, device)
-    optimizer = build_optimizer(model, args)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
-    batch = torch.randint(0, 256, (args.batch_size, 3, *args.image_size), dtype=torch.uint8, device=device)
-
-    def step():
-        values = forward_backward(model, optimizer, scaler, [batch] * args.accumulate, 0, args, device)
-        mean_over_processes(values, device)
-        scaler.step(optimizer)
-        scaler.update()
-
-    return step
-
-
-def benchmark(args, argv, rank, world, device):
-    """Time one step of --method and of the OTHER methods in turns, beside a plain matrix product; prints medians of 10 rounds."""
-    names = [args.method, *args.benchmark]
-    every_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
+def benchmark(args, argv, device):
+    """Time the real step of --method and of the OTHER methods in turns, beside a plain matrix product; prints medians of 10 rounds."""
+    all_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
     steps, flops, memory = [], [], []
-    for its_args in every_args:
+    for its_args in all_args:
         before = reset_peak_memory_mb(device)
-        steps.append(training_step(its_args, device))
+        run = build_run(its_args, its_args.batch_size * its_args.accumulate * dist.get_world_size(), device)
+        batch = torch.randint(0, 256, (its_args.batch_size, 3, *its_args.image_size), dtype=torch.uint8, device=device)
+        steps.append(partial(optimizer_step, run, [batch] * its_args.accumulate, 0, False))  # at step 0 of a warm-up the rate is 0
         steps[-1]()
         memory.append(peak_memory_mb(device) - before)
         with FlopCounterMode(display=False) as counter:
@@ -582,16 +550,15 @@ def benchmark(args, argv, rank, world, device):
         flops.append(counter.get_total_flops())
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
-    product = lambda: a @ b
-    seconds = [[timed(function, device) for function in (product, *steps)] for _ in range(10)]
-    product_seconds, *step_seconds = (statistics.median(column) for column in zip(*seconds))
+    rounds = [[timed(function, device) for function in (partial(torch.matmul, a, b), *steps)] for _ in range(10)]
+    product_seconds, *step_seconds = (statistics.median(column) for column in zip(*rounds))
     rate = 2 * size**3 / product_seconds
-    if rank == 0:
-        print(f"matrix product of {size}: {rate / 1e12:.3g} TFLOP/s ({a.dtype}); medians of {len(seconds)} rounds in turns")
-        for name, its_args, s, f, m in zip(names, every_args, step_seconds, flops, memory):
-            images = its_args.batch_size * its_args.accumulate * world
+    if dist.get_rank() == 0:
+        print(f"matrix product of {size} x {size}: {rate / 1e12:.3g} TFLOP/s ({a.dtype}); medians of {len(rounds)} rounds in turns")
+        for name, its_args, s, f, m in zip([args.method, *args.benchmark], all_args, step_seconds, flops, memory):
+            images = its_args.batch_size * its_args.accumulate * dist.get_world_size()
             print(f"{name}: {images / s:.4g} images/s, {1000 * s:.4g} ms/step of {images} images, {m:.0f} MB, {f / 1e9:.4g} GFLOP/step = "
-                  f"{100 * f / s / rate:.0f} % of the matrix product's rate, {s / step_seconds[0]:.3f} x {names[0]}'s time")
+                  f"{100 * f / s / rate:.0f} % of the matrix product's rate, {s / step_seconds[0]:.3f} x {args.method}'s time")
     return 0
 
 
@@ -601,8 +568,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = parse_args(argv)
-        rank, world, device = start_processes(args)
-        code = (train if args.benchmark is None else benchmark)(args, argv, rank, world, device)
+        device = start_processes(args)
+        code = (train if args.benchmark is None else benchmark)(args, argv, device)
         gc.collect()  # the DDP module goes before its process group, or gloo aborts now and then
         dist.barrier()
     except UserError as error:

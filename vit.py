@@ -376,7 +376,8 @@ def load_file(path):
         found = f" ({reason.group(1) or reason.group(2)})" if reason else ""
         raise UserError(f"{path}: holds more than tensors and plain values{found}, so it is not opened; use a file of plain weights") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0][:90]}); is it truncated? use another copy") from None
+        reason = (str(error) or "it is empty").splitlines()[0][:90]
+        raise UserError(f"{path}: cannot be read ({reason}); is it truncated? use another copy") from None
 
 
 def rename(state_dict, pairs):

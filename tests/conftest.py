@@ -1,0 +1,58 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import train  # noqa: E402
+from data import Shapes  # noqa: E402
+
+TINY = ("--image-size 16 --patch-size 4 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --decoder-heads 2 "
+        "--batch-size 8 --workers 0 --device cpu").split()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """48 little images in two class folders each of train/ (40) and val/ (8)."""
+    from torchvision.io import write_png
+
+    root, shapes = tmp_path_factory.mktemp("images"), Shapes((20, 20), "test", 48)
+    for i in range(48):
+        path = root / ("train" if i < 40 else "val") / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(shapes[i][0], str(path))
+    return root
+
+
+def build(method, *flags):
+    """A tiny model from flags, as the command line would build it."""
+    args = train.parse_args(["--method", method, *TINY, *map(str, flags)])
+    return train.METHODS[method](args)
+
+
+def randomize(model):
+    """Move every parameter off its initial value, so that a missing bias or scale shows."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def run(*flags, code=0):
+    """train.main in-process with tiny sizes; asserts the exit code."""
+    try:
+        train.main([*TINY, *map(str, flags)])
+        left = 0
+    except SystemExit as error:
+        left = error.code
+    assert left == code
