@@ -10,10 +10,15 @@ Randomness has no state, so a run that was stopped anywhere goes on exactly as i
 function of (seed, epoch), the augmentation of a sample one of (seed, epoch, sample). The epoch reaches the loader's workers
 inside the index, because an attribute would go stale in them.
 """
+import contextlib
+import fcntl
 import hashlib
+import json
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -53,6 +58,13 @@ def denormalize(images):
 def seed_of(*what):
     """Any numbers and strings -> a 64-bit seed that depends on all of them."""
     return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little")
+
+
+def seed_torch(*what):
+    """Seed torch's generators with a function of `what`. (torch.manual_seed does the same at a hundred times the cost.)"""
+    torch.default_generator.manual_seed(seed_of(*what))
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed_of(*what))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -299,7 +311,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         epoch, i = index
-        torch.default_generator.manual_seed(seed_of(self.seed, "augment", epoch, i))
+        seed_torch(self.seed, "augment", epoch, i)
         broken = []
         while len(broken) < 10:
             try:
@@ -401,3 +413,71 @@ def picture_sheet(panels, titles):
     for i, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((4 + i * (panels.shape[-1] + 4), 3), title, fill="black")
     return sheet
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run's folder. Only rank 0 writes.
+# --------------------------------------------------------------------------------------------------------------------
+class RunFolder:
+    """args.json, log.jsonl, checkpoint.pt, encoder.pt and pictures/, written so that a kill or a full disk harms none of them."""
+
+    def __init__(self, path):
+        self.path, self.failed = Path(path), False
+        try:
+            (self.path / "pictures").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when this process dies, in whatever way
+        except OSError:
+            raise UserError(f"--out {path}: another process is training in this folder; stop it or choose another folder") from None
+
+    def write(self, name, write):
+        """write(file) into a temporary file, then rename: the old file survives whatever happens. A failure is told, not raised."""
+        temporary, path = self.path / (name + ".tmp"), self.path / name
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            self.warn(name, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def warn(self, name, error):
+        self.failed = True
+        tqdm.write(f"warning: {self.path / name} could not be written ({str(error).splitlines()[0]}); the old one stays", file=sys.stderr)
+
+    def log(self, row):
+        try:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.warn("log.jsonl", error)
+
+    def cut_log(self, step):
+        """Drop the rows after `step`, which a resumed run writes again, and a last line that a kill cut short."""
+        rows, path = [], self.path / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    rows.append(line + "\n")
+        self.write("log.jsonl", lambda file: file.write("".join(rows).encode()))
+
+    def describe(self, args, argv):
+        """args.json: the flags, and what else one needs to repeat the run."""
+        commit = None
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+        facts = {**vars(args), "torch": torch.__version__, "command": shlex.join([Path(sys.argv[0]).name, *argv]), "commit": commit}
+        self.write("args.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
+
+    def picture(self, name, panels, titles):
+        sheet = picture_sheet(panels, titles)
+        self.write(f"pictures/{name}", lambda file: sheet.save(file, "PNG"))

@@ -162,7 +162,7 @@ class MixedAE(nn.Module):
         if self.weight:  # a module exists only if it is used: DDP stops on a parameter without gradient
             self.projector = nn.Linear(self.encoder.width, args.projector_width)
             self.projector.apply(init_weights)
-            self.register_buffer("homocon_floor", torch.tensor(math.log(L // n - 1)), persistent=False)
+            self.homocon_floor = math.log(L // n - 1)
 
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask: source ids M (G, L) in 0 .. n-1, or None to draw them.
@@ -199,7 +199,7 @@ class MixedAE(nn.Module):
                 z = self.projector(out["z"][:, 1:].float())  # patches after the final LayerNorm, (G, L, 128)
                 homocon = homologous_contrastive_loss(z, out["sources"], self.tau)  # Eq. 7
             loss = recon + self.weight * homocon  # Eq. 8
-            metrics |= {"homocon": homocon.detach(), "homocon_floor": self.homocon_floor}
+            metrics |= {"homocon": homocon.detach(), "homocon_floor": homocon.new_tensor(self.homocon_floor)}
         return loss, metrics
 
     @torch.no_grad()

@@ -13,16 +13,13 @@ Exit codes: 0 finished (or finished already), 1 failed while running, 2 a mistak
 """
 import argparse
 import contextlib
-import fcntl
 import gc
-import json
 import math
 import os
 import resource
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (Batches, BrokenImages, Samples, add_data_args, first_images, loader, normalize, open_sets, picture_sheet, seed_of,
+from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, first_images, loader, normalize, open_sets, seed_torch,
                   train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
@@ -70,7 +67,7 @@ def parse_args(argv=None, base=()):
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("training").add_argument
     add("--out", help="the run's folder [runs/METHOD]")
-    add("--epochs", type=int, default=6, help="passes over the set (ours; the papers: 300 to 1600)")
+    add("--epochs", type=int, default=3, help="passes over the set (ours; the papers: 300 to 1600)")
     add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; the papers: 40)")
     add("--batch-size", type=int, default=32, help="clean images per process and micro-step (ours)")
     add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
@@ -134,13 +131,6 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def seed_torch(*what):
-    """Seed torch's generators with a function of `what`. (torch.manual_seed does the same at a hundred times the cost.)"""
-    torch.default_generator.manual_seed(seed_of(*what))
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed_of(*what))
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Optimization
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,71 +184,8 @@ def forward_backward(model, optimizer, scaler, micro_batches, step, args, device
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The run's folder. Only rank 0 writes.
+# Starting from a file
 # --------------------------------------------------------------------------------------------------------------------
-class RunFolder:
-    """args.json, log.jsonl, checkpoint.pt, encoder.pt and pictures/, written so that a kill or a full disk harms none of them."""
-
-    def __init__(self, path):
-        self.path, self.failed = Path(path), False
-        try:
-            (self.path / "pictures").mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when this process dies, in whatever way
-        except OSError:
-            raise UserError(f"--out {path}: another process is training in this folder; stop it or choose another folder") from None
-
-    def write(self, name, write):
-        """write(file) into a temporary file, then rename: the old file survives whatever happens. A failure is told, not raised."""
-        temporary, path = self.path / (name + ".tmp"), self.path / name
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            self.warn(name, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-    def warn(self, name, error):
-        self.failed = True
-        tqdm.write(f"warning: {self.path / name} could not be written ({str(error).splitlines()[0]}); the old one stays", file=sys.stderr)
-
-    def log(self, row):
-        try:
-            with open(self.path / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self.warn("log.jsonl", error)
-
-    def cut_log(self, step):
-        """Drop the rows after `step`, which a resumed run writes again, and a last line that a kill cut short."""
-        rows, path = [], self.path / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    rows.append(line + "\n")
-        self.write("log.jsonl", lambda file: file.write("".join(rows).encode()))
-
-    def describe(self, args, argv):
-        """args.json: the flags, and what else one needs to repeat the run."""
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = {**vars(args), "torch": torch.__version__, "command": shlex.join(["train.py", *argv]), "commit": commit.stdout.strip()}
-        self.write("args.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
-
-    def picture(self, name, panels, titles):
-        sheet = picture_sheet(panels, titles)
-        self.write(f"pictures/{name}", lambda file: sheet.save(file, "PNG"))
-
-
 def load_weights(model, path):
     """--init: weights alone, from a checkpoint.pt of this method, an encoder.pt or a published MAE file (these fill the encoder)."""
     state = load_file(path)
@@ -267,8 +194,12 @@ def load_weights(model, path):
             weights = {"encoder." + name: value for name, value in state["state_dict"].items()}
         else:
             weights = state["model"] if "optimizer" in state and "sums" in state else from_official_mae(state)
+        own = model.state_dict()
         if "config" in state or not isinstance(model, MAE) and "optimizer" not in state:
-            weights = model.state_dict() | {name: value for name, value in weights.items() if name.startswith("encoder.")}
+            weights = own | {name: value for name, value in weights.items() if name.startswith("encoder.")}
+        for name in (name for name in own if name.endswith("pos_embed")):  # a fixed table: that of another grid makes way for our own
+            if name in weights and weights[name].shape != own[name].shape:
+                weights[name] = own[name]
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = (str(error).splitlines()[1:] or [str(error)])[0].strip()
@@ -287,6 +218,8 @@ def resume(run):
     now = {**vars(run.args), "global batch": run.batches.global_batch}
     changed = [f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
                for key in sorted((then.keys() | now.keys()) - FREE_FLAGS) if then.get(key) != now.get(key)]
+    if saved["args"]["method"] != run.args.method:
+        changed = [f"method {saved['args']['method']} (now {run.args.method})"]
     if changed:
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new run")
     run.model.load_state_dict(saved["model"])
@@ -300,19 +233,14 @@ def resume(run):
 # --------------------------------------------------------------------------------------------------------------------
 # The loop
 # --------------------------------------------------------------------------------------------------------------------
-def reset_peak_memory_mb(device):
-    """Start a new measurement of the peak -> what is in use now, MB."""
+def peak_memory_mb(device, restart=False):
+    """Peak memory of the card, or of this process on CPU. restart: forget it and start from what is in use now."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux alone can
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_mb(device)
-
-
-def peak_memory_mb(device):
-    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
+    with contextlib.suppress(OSError):  # Linux alone can restart
+        restart and Path("/proc/self/clear_refs").write_text("5")
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage speaks of bytes there, of KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -418,50 +346,49 @@ def run_steps(run, stream, sums, stop, held_out):
     args, folder = run.args, run.folder
     start = run.batches.start
     meter, broken, bad_in_row, saved_at = Meter(start, sums), BrokenImages(), 0, time.perf_counter()
-    bar = tqdm(total=run.batches.steps, initial=start, unit="step", disable=folder is None, mininterval=1.0)
-    for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
-        asked, micro_batches = time.perf_counter(), []
-        for _ in range(args.accumulate):
-            images, _, names = next(stream)
-            too_many = broken.count(images, names)
-            micro_batches.append(images.to(run.device, non_blocking=True))
-        meter.waited += time.perf_counter() - asked
+    with tqdm(total=run.batches.steps, initial=start, unit="step", disable=folder is None, mininterval=1.0) as bar:
+        for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
+            asked, micro_batches = time.perf_counter(), []
+            for _ in range(args.accumulate):
+                images, _, names = next(stream)
+                too_many = broken.count(images, names)
+                micro_batches.append(images.to(run.device, non_blocking=True))
+            meter.waited += time.perf_counter() - asked
 
-        values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop or too_many))
-        leave = values.pop("stop") > 0
-        if finite:
-            bad_in_row = 0
-            meter.add(values)
-        elif not run.scaler.is_enabled() or run.scaler.get_scale() < 1:  # fp16's own search for a scale does not count
-            bad_in_row += 1
-            if bad_in_row == BAD_STEPS:
-                raise UserError(f"{BAD_STEPS} steps in a row, up to step {done}, had a loss or gradient that is not finite; the last good "
-                                f"checkpoint stays in {args.out}; try a lower learning rate (now {run.lr:g}) or --precision fp32", code=1)
+            values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop or too_many))
+            leave = values.pop("stop") > 0
+            if finite:
+                bad_in_row = 0
+                meter.add(values)
+            elif not run.scaler.is_enabled() or run.scaler.get_scale() < 1:  # fp16's own search for a scale does not count
+                bad_in_row += 1
+                if bad_in_row == BAD_STEPS:
+                    raise UserError(f"{BAD_STEPS} steps in a row, up to step {done}, had a loss or gradient that is not finite; the last good "
+                                    f"checkpoint stays in {args.out}; try a lower learning rate (now {run.lr:g}) or --precision fp32", code=1)
 
-        bar.update()
-        epoch_ends = done % run.batches.steps_per_epoch == 0
-        if (done % args.log_every == 0 or epoch_ends) and meter.sums:
-            row = meter.row(run, done)
-            if epoch_ends and held_out is not None:
-                row["val_loss"] = evaluate(run, held_out)
-            if folder:
-                row |= look(run, micro_batches[-1][:64])[1]
-                folder.log(row)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
-                if epoch_ends:
-                    shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
-                    tqdm.write(f"epoch {done // run.batches.steps_per_epoch}/{args.epochs}: {', '.join(shown)}")
-            meter = Meter(done)
-        if folder and epoch_ends:
-            panels, _ = look(run, micro_batches[-1] if held_out is None else held_out[: args.batch_size])
-            folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
-        due = epoch_ends or leave or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
-        if folder and due and not bad_in_row:
-            save(run, done, meter.sums)
-            saved_at = time.perf_counter()
-        if leave:
-            break
-    bar.close()
+            bar.update()
+            epoch_ends = done % run.batches.steps_per_epoch == 0
+            if (done % args.log_every == 0 or epoch_ends) and meter.sums:
+                row = meter.row(run, done)
+                if epoch_ends and held_out is not None:
+                    row["val_loss"] = evaluate(run, held_out)
+                if folder:
+                    row |= look(run, micro_batches[-1][:64])[1]
+                    folder.log(row)
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
+                    if epoch_ends:
+                        shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
+                        tqdm.write(f"epoch {done // run.batches.steps_per_epoch}/{args.epochs}: {', '.join(shown)}")
+                meter = Meter(done)
+            if folder and epoch_ends:
+                panels, _ = look(run, micro_batches[-1] if held_out is None else held_out[: args.batch_size])
+                folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
+            due = epoch_ends or leave or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
+            if folder and due and not bad_in_row:
+                save(run, done, meter.sums)
+                saved_at = time.perf_counter()
+            if leave:
+                break
     return done, too_many
 
 
@@ -539,7 +466,7 @@ def benchmark(args, argv, device):
     all_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
     steps, flops, memory = [], [], []
     for its_args in all_args:
-        before = reset_peak_memory_mb(device)
+        before = peak_memory_mb(device, restart=True)
         run = build_run(its_args, its_args.batch_size * its_args.accumulate * dist.get_world_size(), device)
         batch = torch.randint(0, 256, (its_args.batch_size, 3, *its_args.image_size), dtype=torch.uint8, device=device)
         steps.append(partial(optimizer_step, run, [batch] * its_args.accumulate, 0, False))  # at step 0 of a warm-up the rate is 0

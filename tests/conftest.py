@@ -1,13 +1,12 @@
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import train  # noqa: E402
 from data import Shapes  # noqa: E402
@@ -24,13 +23,11 @@ def seeded():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """48 little images in two class folders each of train/ (40) and val/ (8)."""
-    from torchvision.io import write_png
-
     root, shapes = tmp_path_factory.mktemp("images"), Shapes((20, 20), "test", 48)
     for i in range(48):
         path = root / ("train" if i < 40 else "val") / f"class{i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(shapes[i][0], str(path))
+        to_pil_image(shapes[i][0]).save(path)
     return root
 
 

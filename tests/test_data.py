@@ -1,0 +1,180 @@
+"""Data: every kind of image, broken ones, folders and lists, drawn shapes, and randomness without state."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import train
+from conftest import TINY, run
+from data import Batches, Samples, decode
+from vit import UserError
+
+
+def args(*flags):
+    return train.parse_args([*TINY, *map(str, flags)])
+
+
+def gradient_image():
+    """RGB, red grows to the right, green downwards: orientation and channels can be told."""
+    y, x = np.mgrid[:24, :32]
+    return Image.fromarray(np.stack([x * 8, y * 10, np.full_like(x, 60)], -1).astype(np.uint8))
+
+
+def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
+    rgb = gradient_image()
+    true = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    grey = torch.from_numpy(np.array(rgb.convert("L"))).expand(3, -1, -1)
+
+    def check(name, image, expected, tolerance, **options):
+        image.save(tmp_path / name, **options)
+        decoded = decode(str(tmp_path / name))
+        assert decoded.dtype == torch.uint8 and decoded.shape == expected.shape, name
+        assert (decoded.int() - expected.int()).abs().float().mean() <= tolerance, name
+
+    check("rgb.png", rgb, true, 0)
+    check("rgb.jpg", rgb, true, 3, quality=95)
+    check("rgb.bmp", rgb, true, 0)
+    check("rgb.tif", rgb, true, 0)
+    check("rgb.webp", rgb, true, 0, lossless=True)
+    check("grey.png", rgb.convert("L"), grey, 0)
+    check("grey.jpg", rgb.convert("L"), grey, 3, quality=95)
+    check("rgba.png", rgb.convert("RGBA"), true, 0)
+    check("cmyk.jpg", rgb.convert("CMYK"), true, 8, quality=95)
+    check("palette.png", rgb.quantize(256), true, 8)
+    deep = np.array(rgb.convert("L")).astype(np.uint16) * 256 + 77
+    check("deep.png", Image.fromarray(deep), grey, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    check("turned.jpg", rgb.rotate(90, expand=True), true, 3, exif=exif, quality=95)
+    check("turned.png", rgb.rotate(90, expand=True), true, 0, exif=exif)
+
+
+def test_a_broken_image_is_named_and_replaced(folder, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "set")
+    bad = tmp_path / "set" / "class0" / "00.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    run("--method", "mae", "--data", tmp_path / "set", "--out", tmp_path / "run", "--epochs", 2)
+    assert capsys.readouterr().err.count(f"{bad} is broken") == 1
+
+    samples = Samples(data.open_folder(tmp_path / "set"), data.train_transform(args()), 0)
+    image, label, broken = samples[0, 0]
+    assert broken == [str(bad)] and image.shape == (3, 16, 16)
+    assert torch.equal(samples[0, 0][0], image)  # the replacement is a function of (seed, epoch, sample) too
+
+
+def test_too_many_broken_images_stop_the_run(folder, tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / "all").mkdir(exist_ok=True)
+        (tmp_path / "all" / f"{i}.jpg").write_bytes(b"not a jpeg")
+    run("--method", "mae", "--data", tmp_path / "all", "--out", tmp_path / "run", code=1)
+    assert "cannot be read" in capsys.readouterr().err.strip().splitlines()[-1]
+
+    shutil.copytree(folder / "train", tmp_path / "some")
+    for i in range(20):
+        (tmp_path / "some" / "class0" / f"bad{i}.jpg").write_bytes(b"not a jpeg")
+    run("--method", "mae", "--data", tmp_path / "some", "--out", tmp_path / "run2", "--epochs", 3, code=1)
+    assert "broken" in capsys.readouterr().err and (tmp_path / "run2" / "checkpoint.pt").exists()  # nothing computed is lost
+
+
+def test_folders(folder, tmp_path):
+    train_set, val_set = data.open_sets(args("--data", folder))
+    assert len(train_set) == 40 and len(val_set) == 8 and train_set.classes == ["class0", "class1"]
+    assert [train_set[i][1] for i in range(40)] == [0] * 20 + [1] * 20 and train_set.paths == sorted(train_set.paths)
+    classes, none = data.open_sets(args("--data", folder / "train"))
+    assert len(classes) == 40 and none is None
+    flat, _ = data.open_sets(args("--data", folder / "train" / "class0"))
+    assert len(flat) == 20 and flat.classes == [] and flat[0][1] == -1
+
+
+def test_a_list_names_paths_relative_to_itself(folder):
+    (folder / "list.txt").write_text("train/class1/01.png\n\ntrain/class0/00.png\n")
+    listed, _ = data.open_sets(args("--data", folder / "list.txt"))
+    assert [path[-6:] for path in listed.paths] == ["00.png", "01.png"]
+    (folder / "list.txt").write_text("train/class1/01.png\nmissing.png\n")
+    with pytest.raises(UserError, match="missing.png"):
+        data.open_sets(args("--data", folder / "list.txt"))
+
+
+def test_a_sets_name_wins_over_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "cifar10")
+    with pytest.raises(UserError, match="--download"):
+        data.open_sets(args("--data", "cifar10"))
+    assert len(data.open_sets(args("--data", "./cifar10"))[0]) == 40
+
+
+def test_cifar_through_torchvision(tmp_path, monkeypatch):
+    import pickle
+
+    import torchvision
+
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (root / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10))}))
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)  # the stand-in has other checksums
+    train_set, val_set = data.open_sets(args("--data", "cifar10", "--data-root", tmp_path))
+    assert len(train_set) == 50 and len(val_set) == 10 and train_set.classes == list("abcdefghij")
+    image, label = val_set[3]
+    assert label == 3 and torch.equal(image, torch.from_numpy(pixels[3].reshape(3, 32, 32)))
+
+
+def test_normalize_and_its_inverse():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert_close(data.normalize(images)[0, 2, 1, 1], (images[0, 2, 1, 1] / 255 - 0.406) / 0.225)
+    assert_close(data.denormalize(data.normalize(images)) * 255, images.float(), atol=1e-3, rtol=0)
+
+
+def test_shapes_are_deterministic_disjoint_and_truly_labelled():
+    draw = lambda split, i, size=(48, 64): data.Shapes(size, split, 400).draw(i)
+    first = draw("train", 7)
+    assert torch.equal(first["image"], draw("train", 7)["image"]) and first["image"].shape == (3, 48, 64)
+    images = {draw(split, i)["image"].numpy().tobytes() for split in ("train", "val") for i in range(50)}
+    assert len(images) == 100
+    labels = [draw("train", i)["label"] for i in range(200)]
+    assert set(labels) == set(range(10))
+    for i in range(50):
+        sample = draw("val", i)
+        x0, y0, x1, y1 = sample["box"]
+        mask = sample["mask"]
+        assert mask[y0:y1, x0:x1].sum() == mask.sum() and mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+        assert 0.02 < mask.float().mean() < 0.6
+        assert abs((x0 + x1) / 2 - 32) < 20 and abs((y0 + y1) / 2 - 24) < 20  # near the centre
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(folder):
+    dataset, transform = data.open_folder(folder / "train"), data.train_transform(args())
+    samples = Samples(dataset, transform, seed=1)
+    torch.rand(3)
+    one = samples[2, 5][0]
+    torch.rand(7)
+    assert torch.equal(samples[2, 5][0], one)
+    assert not torch.equal(samples[3, 5][0], one)
+    assert not torch.equal(Samples(dataset, transform, seed=2)[2, 5][0], one)
+
+
+def test_batches_are_contiguous_slices_of_one_order():
+    whole = [[i for _, i in batch] for batch in Batches(50, 24, 1, 0, 1, seed=3, epochs=2)]
+    assert len(whole) == 4 and len(set(whole[0] + whole[1])) == 48 and whole[2] != whole[0]
+    parts = [[batch for batch in Batches(50, 4, 3, rank, 2, seed=3, epochs=2)] for rank in (0, 1)]
+    for k in range(4):  # each rank, then each micro-batch
+        joined = [i for rank in (0, 1) for batch in parts[rank][3 * k : 3 * k + 3] for _, i in batch]
+        assert joined == whole[k]
+    assert {epoch for epoch, _ in parts[0][0]} == {0} and {epoch for epoch, _ in parts[0][-1]} == {1}
+    later = Batches(50, 4, 3, 1, 2, seed=3, epochs=2)
+    later.start = 3
+    assert list(later) == parts[1][9:] and len(later) == 3
+    with pytest.raises(UserError, match="larger than the set of 50"):
+        Batches(50, 26, 1, 0, 2, seed=0, epochs=1)
+
+
+def test_pictures_are_titled_and_hold_the_panels():
+    sheet = data.picture_sheet(torch.rand(2, 3, 3, 64, 64), ("a", "b", "c"))
+    pixels = np.array(sheet)
+    assert pixels.shape == (16 + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:16] < 128).any()

@@ -1,0 +1,207 @@
+"""MixedAE: each equation against a slow second version, and the facts of the paper."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import mixedae
+import vit
+from conftest import build, randomize
+from vit import UserError
+
+
+def sources_of(G=3, n=4, L=16):
+    return mixedae.draw_sources(G, n, L, "cpu")
+
+
+@pytest.mark.parametrize("n, L", [(2, 16), (3, 12), (4, 16), (8, 16)])
+def test_eq_2_each_image_gives_exactly_its_share_and_places_are_random(n, L):
+    sources = sources_of(200, n, L)
+    assert all((sources == i).sum(1).eq(L // n).all() for i in range(n))
+    assert ((sources == 0).float().mean(0) - 1 / n).abs().max() < 0.15
+
+
+def test_eq_1_mixing_patch_by_patch():
+    x, sources = torch.randn(3, 4, 16, 6), sources_of()
+    mixed = mixedae.mix(x, sources)
+    for g in range(3):
+        for l in range(16):
+            assert torch.equal(mixed[g, l], x[g, sources[g, l], l])
+
+
+def test_eq_3_unmixing_and_the_parts_tile_the_mixed_sequence():
+    z, sources, mask_token = torch.randn(3, 17, 6), sources_of(), torch.randn(1, 1, 6)
+    parts = mixedae.unmix(z, sources, 4, mask_token).view(3, 4, 17, 6)
+    for g in range(3):
+        for i in range(4):
+            assert torch.equal(parts[g, i, 0], z[g, 0])  # CLS, copied to each
+            for l in range(16):
+                assert torch.equal(parts[g, i, 1 + l], z[g, 1 + l] if sources[g, l] == i else mask_token[0, 0])
+    assert torch.equal(sum(part * (sources == i).unsqueeze(-1) for i, part in enumerate(parts[:, :, 1:].unbind(1))), z[:, 1:])
+
+
+def test_eq_4_over_the_patches_that_others_cover():
+    pred, target, sources = torch.randn(12, 16, 6, requires_grad=True), torch.randn(12, 16, 6), sources_of()
+    loss = mixedae.reconstruction_loss(pred, target, sources)
+    errors = [((pred[4 * g + i, l] - target[4 * g + i, l]) ** 2).mean() for g in range(3) for i in range(4) for l in range(16) if sources[g, l] != i]
+    assert_close(loss, torch.stack(errors).mean())
+    loss.backward()
+    own = mixedae.indicator(sources, 4).view(12, 16)
+    assert (pred.grad[own] == 0).all() and (pred.grad[~own] != 0).all()  # no gradient at visible patches
+
+
+def test_eq_7_with_loops_and_its_floor():
+    z, sources, tau, L = torch.randn(2, 8, 5), sources_of(2, 2, 8), 0.25, 8
+    total = 0.0
+    for j in range(2):
+        cos = torch.nn.functional.cosine_similarity(z[j][:, None], z[j][None], dim=-1)
+        for l in range(L):
+            denominator = sum(math.exp(cos[l, k] / tau) for k in range(L) if k != l)
+            positives = [k for k in range(L) if k != l and sources[j, k] == sources[j, l]]
+            total += -sum(math.log(math.exp(cos[l, k] / tau) / denominator) for k in positives) / len(positives) / L / 2
+    assert_close(mixedae.homologous_contrastive_loss(z, sources, tau), torch.tensor(total))
+
+    perfect = torch.nn.functional.one_hot(sources, 2).float() * 2 - 1  # all patches of an image at one point, images opposite
+    floor = math.log(8 // 2 - 1)
+    assert floor < mixedae.homologous_contrastive_loss(perfect, sources, tau) < floor + 0.01
+    model = build("mixedae")
+    assert_close(model(torch.randn(8, 3, 16, 16))[1]["homocon_floor"], torch.tensor(math.log(16 // 4 - 1)))
+
+
+def test_eq_8_adds_the_losses_with_lambda():
+    model = randomize(build("mixedae", "--homocon-weight", 0.3))
+    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    loss, metrics = model(images, sources)
+    out = model.predict(images, sources)
+    recon = mixedae.reconstruction_loss(out["pred"], out["target"], sources)
+    homocon = mixedae.homologous_contrastive_loss(model.projector(out["z"][:, 1:]), sources, 0.25)
+    assert_close(loss, recon + 0.3 * homocon)
+    assert_close(metrics["recon"], recon.detach())
+    assert_close(metrics["homocon"], homocon.detach())
+
+
+def test_predict_is_the_papers_figure():
+    model = randomize(build("mixedae"))
+    images, sources, seen = torch.randn(8, 3, 16, 16), sources_of(2), {}
+    model.decoder.register_forward_hook(lambda module, inputs, output: seen.update(unmixed=inputs[0]))
+    out = model.predict(images, sources)
+    patches = vit.patchify(images, 4)
+    assert torch.equal(out["mixed"], mixedae.mix(patches.view(2, 4, 16, 48), sources))  # groups are consecutive images
+    tokens = model.encoder.embed(vit.unpatchify(out["mixed"], (4, 4), 4)) + model.segments[sources]
+    assert_close(out["z"], model.encoder.encode(tokens))
+    embedded = model.decoder.embed(out["z"])
+    assert torch.equal(out["unmixed"], seen["unmixed"]) and out["unmixed"].shape == (8, 17, 16)
+    for b in range(8):  # before positions: the embedded z where M = i, [MASK] elsewhere
+        own = sources[b // 4] == b % 4
+        assert_close(out["unmixed"][b, 1:][own], embedded[b // 4, 1:][own])
+        assert_close(out["unmixed"][b, 1:][~own], model.decoder.mask_token[0].expand(12, -1))
+    mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    assert_close(out["target"], (patches - mean) / (var + 1e-6).sqrt())
+    assert out["pred"].shape == (8, 16, 48) and out["z"].shape == (2, 17, 32)
+
+
+def test_homologous_attention_in_all_but_the_first_layers_of_the_encoder_alone():
+    model = build("mixedae", "--depth", 4, "--global-layers", 2, "--topk", 0.5)
+    assert [block.attn.topk for block in model.encoder.blocks] == [None, None, 8, 8]
+    assert all(block.attn.topk is None for block in model.decoder.blocks)
+    assert all(block.attn.topk is None for block in build("mixedae", "--topk", 1.0).encoder.blocks)
+
+
+def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
+    """Attention masked by M itself is n separate encodings (CLS apart), with a sampling accuracy of 1."""
+    model = randomize(build("mixedae", "--global-layers", 0, "--no-segment-embedding"))
+    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    same = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
+    same[:, 0, 1:, 1:] = sources.unsqueeze(1) == sources.unsqueeze(2)
+    same[:, :, 0] = True
+    monkeypatch.setattr(vit, "keep_topk", lambda scores, k: same.expand_as(scores))
+    for block in model.encoder.blocks:
+        block.attn.record = True
+    z = model.predict(images, sources)["z"]
+    kept, attention = model.encoder.blocks[-1].attn.recorded
+    assert mixedae.sampling_accuracy(attention, kept, sources, 4) == 1
+    embedded = model.encoder.embed(images)
+    for b in range(8):
+        own = sources[b // 4] == b % 4
+        x = embedded[b : b + 1, own]
+        for block in model.encoder.blocks:  # plain attention among its own patches
+            q, k, v = block.attn.qkv(block.norm1(x)).view(1, 4, 3, 2, 16).permute(2, 0, 3, 1, 4)
+            y = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+            x = x + block.attn.proj(y.transpose(1, 2).reshape(1, 4, 32))
+            x = x + block.mlp(block.norm2(x))
+        assert_close(z[b // 4, 1:][own], model.encoder.norm(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_sampling_accuracy_counts_the_keys_of_the_own_image():
+    sources = torch.tensor([[0, 0, 1, 1]])
+    attention = torch.zeros(1, 1, 5, 5)
+    attention[0, 0, 1:, 1:] = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.1, 0.2]])
+    # the two largest: query 0: keys 0 1 (2 right), 1: 0 2 (1), 2: 3 2 (2), 3: 1 0 (0)
+    assert mixedae.sampling_accuracy(attention, None, sources, 2) == 5 / 8
+    kept = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    assert mixedae.sampling_accuracy(attention, kept, sources, 2) == 0.5
+    chance = mixedae.sampling_accuracy(torch.rand(64, 2, 17, 17), None, sources_of(64), 4)
+    assert abs(chance - 0.25) < 0.02  # r
+
+
+def test_the_log_gets_the_accuracy_of_each_layer_with_and_without_topk():
+    for flags in ((), ("--topk", 1.0)):
+        pictures, numbers = randomize(build("mixedae", *flags)).visualize(torch.randn(8, 3, 16, 16))
+        assert len(numbers["accuracy_layers"]) == 2 and numbers["accuracy"] == numbers["accuracy_layers"][-1]
+        assert 0 < numbers["accuracy"] < 1
+        assert pictures.shape == (8, 4, 3, 16, 16) and pictures.min() >= 0 and pictures.max() <= 1
+
+
+def test_pictures_show_the_mixed_image_and_each_images_own_patches():
+    model, images = build("mixedae"), torch.randn(8, 3, 16, 16) * 0.5
+    pictures = model.visualize(images)[0]
+    for b in range(8):
+        clean, mixed, rebuilt = (vit.patchify(pictures[b : b + 1, panel], 4) for panel in (0, 1, 3))
+        in_mixed = (clean - mixed).abs().amax(-1) < 1e-6
+        assert in_mixed.sum() == 4 and ((clean - rebuilt).abs().amax(-1)[in_mixed] < 1e-6).all()
+
+
+def test_export_is_a_plain_encoder_with_segment_0_folded_into_the_patch_bias(tmp_path):
+    model, images = randomize(build("mixedae")), torch.randn(2, 3, 16, 16)
+    torch.save(model.export(), tmp_path / "encoder.pt")
+    encoder, info = vit.load_encoder(tmp_path / "encoder.pt")
+    assert info["method"] == "mixedae" and info["feature"] == "mean"
+    assert set(encoder.state_dict()) == set(model.encoder.state_dict())
+    for block in model.encoder.blocks:
+        block.attn.topk = None
+    expected = model.encoder.encode(model.encoder.embed(images) + model.segments[0])
+    assert_close(encoder.features(images)["patches"], expected[:, 1:], atol=1e-5, rtol=1e-5)
+
+
+ROWS = {"MixedAE": (), "without Eq. 7": ("--homocon-weight", 0), "without TopK": ("--topk", 1.0), "TopK in all layers": ("--global-layers", 0),
+        "naive mixing": ("--topk", 1.0, "--homocon-weight", 0, "--no-segment-embedding"), "r = .5": ("--mixing-ratio", 0.5), "raw pixels": ("--no-norm-pix",)}
+
+
+@pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
+def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
+    model, images = build("mixedae", *flags), torch.randn(8, 3, 16, 16)
+    sources = mixedae.draw_sources(8 // model.n, model.n, 16, "cpu")
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for step in range(60):
+        optimizer.zero_grad()
+        loss, _ = model(images, sources)
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            assert [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_bad_groups_and_ratios_are_named():
+    for flags, words in (
+        (("--mixing-ratio", 0.3), "1/n"), (("--mixing-ratio", 1), "1/n"), (("--mixing-ratio", 0), "1/n"), (("--mixing-ratio", -0.25), "1/n"),
+        (("--batch-size", 6), "multiple of n = 4"), (("--mixing-ratio", 1 / 3, "--batch-size", 9), "16 patches"),
+        (("--mixing-ratio", 1 / 16, "--batch-size", 16), "at least 2 each"), (("--topk", 0.01), "at least 1 key"), (("--topk", 1.2), "at most all"),
+        (("--global-layers", 3), "has 2 layers"), (("--image-size", 18), "multiple of the patch"), (("--heads", 3), "heads"), (("--width", 30), "multiple of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            build("mixedae", *flags)
+    with pytest.raises(UserError, match="groups of n = 4"):
+        build("mixedae")(torch.randn(6, 3, 16, 16))

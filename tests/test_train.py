@@ -1,0 +1,310 @@
+"""The loop: schedule, groups, resume, signals, guards, files, bad input."""
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+import vit
+from conftest import TINY, build, run
+from vit import UserError
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{key: value for key, value in row.items() if key not in ("images_per_s", "data_wait", "memory_mb")} for row in rows]
+
+
+def same_weights(a, b):
+    a, b = checkpoint(a), checkpoint(b)
+    moments = [torch.equal(a["optimizer"]["state"][i][key], value) for i, state in b["optimizer"]["state"].items() for key, value in state.items()]
+    return a["step"] == b["step"] and all(torch.equal(a["model"][name], value) for name, value in b["model"].items()) and all(moments)
+
+
+@pytest.fixture(scope="module")
+def reference(folder, tmp_path_factory):
+    """An undisturbed run of 15 steps, for those that compare with it."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    run("--method", "mixedae", "--data", folder, "--out", out, "--log-every", 2, "--val-images", 8)
+    return out
+
+
+def interrupt_at(monkeypatch, step, what):
+    """Call what() just before that optimizer step."""
+    real = train.optimizer_step
+
+    def step_or_interrupt(run, micro_batches, number, stop_asked):
+        if number == step:
+            what()
+        return real(run, micro_batches, number, stop_asked)
+
+    monkeypatch.setattr(train, "optimizer_step", step_or_interrupt)
+
+
+def test_schedule_is_linear_warm_up_then_half_a_cosine():
+    assert train.lr_at(0, 1.0, 5, 100) == 0 and train.lr_at(2.5, 1.0, 5, 100) == 0.5 and train.lr_at(5, 1.0, 5, 100) == 1
+    assert train.lr_at(52.5, 1.0, 5, 100, 0.2) == pytest.approx(0.6) and train.lr_at(100, 1.0, 5, 100, 0.2) == pytest.approx(0.2)
+    assert train.lr_at(30, 1.0, 5, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi * 25 / 95)))
+
+
+def test_weight_decay_spares_biases_and_one_dimensional_parameters():
+    model = build("mixedae")
+    args = train.parse_args(["--weight-decay", "0.07", "--beta2", "0.9", *TINY])
+    decayed, plain = train.build_optimizer(model, args).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.07 and plain["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.9) and decayed["fused"]
+    assert {"encoder.cls_token", "decoder.mask_token", "segments", "encoder.blocks.0.attn.qkv.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert all(names[id(p)].endswith(".bias") or p.ndim == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names) - 2  # all but the two fixed position tables
+
+
+def test_the_learning_rate_rule(folder, tmp_path, capsys):
+    run("--data", folder, "--out", tmp_path / "a", "--epochs", 1, "--blr", 1.5e-4, "--accumulate", 2)
+    assert "= 16; learning rate 9.375e-06 (blr 0.00015 x 16 / 256)" in capsys.readouterr().out
+    run("--data", folder, "--out", tmp_path / "b", "--epochs", 1, "--blr", 1.5e-4, "--lr", 0.01)
+    assert "learning rate 0.01 (--lr)" in capsys.readouterr().out
+
+
+def test_a_run_folder_holds_what_was_promised(reference, folder):
+    log = rows(reference)
+    assert [row["step"] for row in log] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    expected = {"step", "epoch", "lr", "loss", "recon", "homocon", "homocon_floor", "grad_norm", "images_per_s", "data_wait", "memory_mb", "accuracy", "accuracy_layers"}
+    assert all(expected | ({"val_loss"} if row["step"] % 5 == 0 else set()) == row.keys() for row in log)
+    assert log[0]["loss"] == pytest.approx(log[0]["recon"] + 0.1 * log[0]["homocon"], rel=1e-5)
+    facts = json.loads((reference / "args.json").read_text())
+    assert facts["torch"] == torch.__version__ and facts["width"] == 32 and "--log-every 2" in facts["command"] and "commit" in facts
+    assert sorted(os.listdir(reference / "pictures")) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
+    encoder, info = vit.load_encoder(reference / "encoder.pt")
+    assert info["method"] == "mixedae" and encoder.features(torch.randn(1, 3, 16, 16))["patches"].shape == (1, 16, 32)
+
+
+def test_a_finished_run_says_so(reference, folder, capsys):
+    before = (reference / "checkpoint.pt").stat().st_mtime_ns
+    (reference / "encoder.pt").unlink()  # as if a kill had come between the two files
+    run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8)
+    assert "finished already" in capsys.readouterr().out.splitlines()[-1] and (reference / "encoder.pt").exists()
+    assert len(rows(reference)) == 9 and before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_equals_the_one_never_stopped(reference, folder, tmp_path, monkeypatch, number):
+    flags = ("--method", "mixedae", "--data", folder, "--out", tmp_path, "--log-every", 2, "--val-images", 8)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 6, lambda: os.kill(os.getpid(), number))
+        run(*flags, code=128 + number)
+    assert checkpoint(tmp_path)["step"] in (7, 8)
+    (tmp_path / "log.jsonl").open("a").write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')  # rows after it, and one cut short
+    run(*flags, "--workers", 2)  # any number of workers
+    assert same_weights(tmp_path, reference) and without_clock(rows(tmp_path)) == without_clock(rows(reference))
+
+
+def test_accumulation_takes_contiguous_slices(folder, tmp_path):
+    """MAE's loss is a mean over images: two micro-batches of 4 give the gradient of one of 8, for given masks."""
+    args = train.parse_args(["--method", "mae", *TINY])
+    device = train.start_processes(args)
+    try:
+        run_ = train.build_run(args, 8, device)
+        images, mask = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.rand(8, 16).argsort(1) < 12
+        real, masks = run_.model.predict, iter([mask, mask[:4], mask[4:]])
+        run_.model.predict = lambda images, _: real(images, next(masks))
+        norms = []
+        for micro_batches in ([images], [images[:4], images[4:]]):
+            train.forward_backward(run_.ddp, run_.optimizer, run_.scaler, micro_batches, 0, args, device)
+            norms.append([p.grad.clone() for p in run_.model.parameters() if p.requires_grad])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*norms))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags", [("--recompute",), ("--precision", "bf16"), ("--precision", "fp16"), ("--blr", 1e-3), ("--image-size", 16, 24), ("--seed", 5)])
+def test_flags_train(folder, tmp_path, flags):
+    run("--method", "mixedae", "--data", folder, "--out", tmp_path, "--epochs", 2, *flags)
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_recompute_changes_nothing(reference, folder, tmp_path):
+    run("--method", "mixedae", "--data", folder, "--out", tmp_path, "--log-every", 2, "--val-images", 8, "--recompute")
+    assert same_weights(tmp_path, reference)
+
+
+def test_init_takes_weights_alone(reference, folder, tmp_path, capsys):
+    """A checkpoint fills the whole model, an encoder.pt or a published MAE file the encoder."""
+    source = checkpoint(reference)["model"]
+    for file in ("checkpoint.pt", "encoder.pt"):
+        model = build("mixedae")
+        train.load_weights(model, reference / file)
+        name = "encoder.blocks.1.mlp.fc1.weight"
+        assert torch.equal(model.state_dict()[name], source[name])
+        assert torch.equal(model.state_dict()["segments"], source["segments"]) == (file == "checkpoint.pt")
+    model = build("mae", "--image-size", 32)  # another grid: its own table of positions
+    train.load_weights(model, reference / "encoder.pt")
+    assert model.encoder.pos_embed.shape == (1, 65, 32)
+    golden = torch.load(os.path.join(os.path.dirname(__file__), "golden/mae_tiny.pt"), weights_only=True)
+    torch.save({"model": golden["state_dict"]}, tmp_path / "mae.pth")
+    sizes = "--image-size 32 --width 48 --depth 2 --heads 4 --decoder-width 32 --decoder-depth 2 --decoder-heads 4".split()
+    for method in ("mae", "mixedae"):
+        model = build(method, *sizes)
+        train.load_weights(model, tmp_path / "mae.pth")
+        assert torch.equal(model.encoder.cls_token, golden["state_dict"]["cls_token"])
+        assert torch.equal(model.decoder.mask_token, golden["state_dict"]["mask_token"]) == (method == "mae")
+    run("--method", "mae", "--data", folder, "--out", tmp_path / "run", "--init", tmp_path / "mae.pth", code=2)
+    error = capsys.readouterr().err
+    assert "does not fit this MAE" in error and error.count("\n") == 1
+
+
+def test_benchmark_prints_a_line_a_method(capsys):
+    run("--method", "mixedae", "--benchmark", "mae", "mae --mask-ratio .5")
+    lines = capsys.readouterr().out.splitlines()
+    assert "TFLOP/s" in lines[0] and [line.split(":")[0] for line in lines[1:]] == ["mixedae", "mae", "mae --mask-ratio .5"]
+    assert all(word in line for line in lines[1:] for word in ("images/s", "ms/step", "MB", "GFLOP", "%"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+# --------------------------------------------------------------------------------------------------------------------
+class Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch hostile-file-ran",))
+
+
+def one_line(capsys, *words):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--method", "mea"], "mae"), (["--size", "giant"], "large"), (["--data", "imagenot"], "neither a set"), (["--epoch", "3"], "unrecognized"),
+    (["--batch-size", "0"], "at least 1"), (["--batch-size", "two"], "batch-size"), (["--epochs", "0"], "at least 1"), (["--crop-scale", ".5", ".2"], "MIN <= MAX"),
+    (["--image-size", "18"], "multiple of the patch size 4"), (["--image-size", "1", "2", "3"], "one number or two"), (["--mixing-ratio", ".3"], "1/n"),
+    (["--method", "mae", "--mask-ratio", "1"], "leaves 0 of 16"), (["--method", "mae", "--mask-ratio", "0"], "hide at least 1"), (["--width", "0"], "at least 1"),
+    (["--device", "cuda"], "CUDA"), (["--batch-size", "48"], "larger than the set of 40"), (["--init", "nothing.pt"], "no such file"), (["--out", "/proc/run"], "cannot be written"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_mistakes_get_one_line_and_code_2(flags, words, folder, tmp_path, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA card here")
+    run("--data", folder, "--out", tmp_path / "run", *flags, code=2)
+    one_line(capsys, words)
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    run("--data", tmp_path, "--out", tmp_path / "run", code=2)
+    one_line(capsys, "no images")
+
+
+def test_the_same_run_with_changed_flags(reference, folder, capsys):
+    facts = (reference / "args.json").read_text()
+    run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8, "--epochs", 4, "--lr", 1e-3, code=2)
+    one_line(capsys, "epochs 3 (now 4)", "lr None (now 0.001)", "another --out")
+    run("--method", "mae", "--data", folder, "--out", reference, code=2)
+    one_line(capsys, "method mixedae (now mae)")
+    run("--data", folder, "--out", reference, "--val-images", 8, "--width", 16, code=2)
+    one_line(capsys, "width 32 (now 16)")
+    assert (reference / "args.json").read_text() == facts
+
+
+def test_checkpoints_that_cannot_be_trusted(reference, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--method", "mixedae", "--data", folder, "--out", tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = (reference / "checkpoint.pt").read_bytes()
+    for content, words in ((whole[: len(whole) // 2], "truncated"), (b"", "truncated"), ((reference / "encoder.pt").read_bytes(), "not a checkpoint")):
+        path.write_bytes(content)
+        run(*flags, code=2)
+        one_line(capsys, words, "checkpoint.pt")
+        assert path.read_bytes() == content
+    torch.save({"model": Hostile(), "step": 1}, path)
+    run(*flags, code=2)
+    one_line(capsys, "not opened")
+    run(*flags[:-1], tmp_path / "other", "--init", path, code=2)
+    one_line(capsys, "not opened")
+    assert not (tmp_path / "hostile-file-ran").exists()
+
+
+def test_a_run_folder_in_use(folder, tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import fcntl, sys
+file = open({str(tmp_path / '.lock')!r}, "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    run("--data", folder, "--out", tmp_path, code=2)
+    one_line(capsys, "another process")
+    holder.kill()
+    holder.wait()
+    run("--data", folder, "--out", tmp_path, "--epochs", 1)  # a dead holder holds nothing
+
+
+def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(reference, folder, tmp_path, capsys, monkeypatch):
+    flags = ("--method", "mixedae", "--data", folder, "--out", tmp_path, "--log-every", 2, "--val-images", 8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))  # after epoch 1 was saved
+        try:
+            run(*flags, code=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    output = capsys.readouterr()
+    assert "checkpoint.pt could not be written" in output.err and checkpoint(tmp_path)["step"] == 5
+    assert rows(tmp_path)[-1]["step"] == 15 and not list(tmp_path.glob("*.tmp"))  # it trained on
+    run(*flags)
+    assert same_weights(tmp_path, reference)
+
+
+def test_a_learning_rate_that_blows_up_stops_with_the_last_good_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    flags = ("--method", "mae", "--data", folder, "--out", tmp_path, "--epochs", 6)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 7, lambda: patched.setattr(train, "normalize", lambda images: images.float() * float("nan")))
+        run(*flags, code=1)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "10 steps in a row, up to step 17" in error and "learning rate" in error
+    saved = checkpoint(tmp_path)
+    assert saved["step"] == 5 and all(value.isfinite().all() for value in saved["model"].values())
+    run("--method", "mae", "--data", folder, "--out", tmp_path / "wild", "--epochs", 20, "--lr", 1e30, code=1)
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(folder, tmp_path):
+    args = train.parse_args(["--method", "mae", *TINY, "--warmup-epochs", "0"])
+    device = train.start_processes(args)
+    try:
+        run_ = train.build_run(args, 8, device)
+        before = {name: value.clone() for name, value in run_.model.state_dict().items()}
+        images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+        run_.model.decoder.pred.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+        values, finite = train.optimizer_step(run_, [images], 0, False)
+        assert not finite and all(torch.equal(before[name], value) for name, value in run_.model.state_dict().items())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_help_shows_the_flags_of_the_method(capsys):
+    for method, flag in (("mae", "--mask-ratio"), ("mixedae", "--mixing-ratio")):
+        with pytest.raises(SystemExit) as left:
+            train.main(["--method", method, "-h"])
+        assert left.value.code == 0 and flag in capsys.readouterr().out
+    with pytest.raises(UserError):
+        train.parse_args(["--method", "mae", "--mixing-ratio", ".5"])
+
+
+def test_defaults_set_by_methods_exist():
+    """argparse accepts a mistyped name in set_defaults silently."""
+    for method in train.METHODS:
+        parser = train.Parser()
+        train.METHODS[method].add_args(parser)
+        known = set(vars(train.parse_args(["--method", method])))
+        assert set(parser._defaults) <= known and not set(parser._defaults) - set(vars(train.parse_args(["--method", "mae"]))), parser._defaults
