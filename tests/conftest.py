@@ -8,6 +8,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # the models are tiny
+
 import train  # noqa: E402
 from data import Shapes  # noqa: E402
 

@@ -1,0 +1,131 @@
+"""Several processes: their gradients, and runs that are killed at random moments, saves included.
+
+KILLS=20 pytest tests/test_processes.py -k killed    kills each kind of run twenty times
+"""
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY
+from test_train import checkpoint, rows, same_weights, without_clock
+
+KILLS = int(os.environ.get("KILLS", 1))
+
+
+def command(processes, *flags):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launch, str(ROOT / "train.py"), *TINY, *map(str, flags)]
+
+
+def start(*words):
+    return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill_all(pid):
+    """SIGKILL to a process and all below it: torchrun puts its workers into sessions of their own, out of reach of its group."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = children.read_text().split() if children.exists() else []
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below:
+        kill_all(int(child))
+
+
+def to_the_end(*words, code=0):
+    process = start(*words)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 2)] if KILLS == 1 else [(p, w) for p in (1, 2, 3) for w in (0, 2)])
+def test_killed_at_random_moments_equals_never_killed(processes, workers, folder, tmp_path):
+    batch = {1: 8, 2: 4, 3: 4}[processes]
+    per_epoch = 40 // (batch * processes)
+    epochs = 100 * (KILLS + 1) // per_epoch
+
+    def words(name, workers):
+        return command(processes, "--method", "mixedae", "--data", folder / "train", "--out", tmp_path / name, "--batch-size", batch,
+                       "--epochs", epochs, "--log-every", 5, "--save-every", 3, "--workers", workers)
+
+    def logged():
+        path = tmp_path / "killed" / "log.jsonl"
+        return int((re.findall(r'"step": (\d+)', path.read_text()) or [0])[-1]) if path.exists() else 0
+
+    to_the_end(*words("whole", 0))
+    steps, killed_in_a_save, reached = checkpoint(tmp_path / "whole")["step"], 0, []
+    for kill in range(KILLS):
+        process, target = start(*words("killed", workers)), random.randrange(100 * kill + 1, 100 * (kill + 1))
+        while logged() < target and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.03))
+        while kill % 2 == 0 and process.poll() is None and not any((tmp_path / "killed").glob("*.pt.tmp")):
+            pass  # every other kill comes during a save
+        kill_all(process.pid)
+        process.communicate()
+        killed_in_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
+        reached.append(checkpoint(tmp_path / "killed")["step"])
+    print(f"{processes} processes, {workers} workers: killed after the saves at steps {reached} of {steps}, {killed_in_a_save} times during one")
+    assert reached[0] < steps
+    to_the_end(*words("killed", workers))
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert without_clock(rows(tmp_path / "killed")) == without_clock(rows(tmp_path / "whole"))
+
+
+def test_two_processes_equal_one_for_given_masks(tmp_path):
+    """Each method's gradient over a batch is the mean of those over its halves, through the real wrapping."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import gc, torch, train, torch.distributed as dist
+from mixedae import draw_sources
+
+for method in train.METHODS:
+    args = train.parse_args(["--method", method, *{TINY!r}])
+    if not dist.is_initialized():
+        device = train.start_processes(args)
+    torch.manual_seed(0)
+    alone = train.METHODS[method](args)
+    torch.manual_seed(0)
+    wrapped = train.wrap(train.METHODS[method](args), args, device)
+    assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
+    images = torch.randn(16, 3, 16, 16)
+    mask = draw_sources(4, 4, 16, "cpu") if method == "mixedae" else torch.rand(16, 16).argsort(1) < 12
+    alone(images, mask)[0].backward()
+    r = dist.get_rank()
+    wrapped(images[8 * r : 8 * r + 8], mask[len(mask) // 2 * r :][: len(mask) // 2])[0].backward()
+    for (name, p), q in zip(wrapped.module.named_parameters(), alone.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+    del wrapped
+gc.collect()
+dist.barrier()
+dist.destroy_process_group()
+print("equal")
+""")
+    output = to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    assert output.count("equal") == 2
+
+
+def test_under_torchrun_a_mistake_is_said_once():
+    output = to_the_end(*command(2, "--method", "mixedae", "--mixing-ratio", 0.3), code=1)  # torchrun makes 1 of every code
+    assert sum(line.startswith("train.py: ") for line in output.splitlines()) == 1
+
+
+def test_sigterm_to_torchrun_saves(folder, tmp_path):
+    process = start(*command(2, "--method", "mae", "--data", folder, "--out", tmp_path, "--batch-size", 4, "--epochs", 100000, "--workers", 2))
+    while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert "the same command resumes" in output and checkpoint(tmp_path)["step"] > 0
