@@ -224,7 +224,8 @@ def add_data_args(parser):
 
 def open_folder(folder):
     """A folder -> Files. Its first level of folders are the classes; if images lie directly in it, there are no labels."""
-    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
+                   for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
     if not found:
         raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
     parts = [Path(path).relative_to(folder).parts for path in found]

@@ -94,6 +94,9 @@ def parse_args(argv=None, base=()):
     for flag, least in dict(epochs=1, batch_size=1, accumulate=1, workers=0, val_images=0, log_every=1, save_every=0, warmup_epochs=0).items():
         if not getattr(args, flag) >= least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    for flag in ("lr", "blr"):
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be a positive number")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args)
@@ -207,9 +210,11 @@ def load_weights(model, path):
 
 
 def resume(run):
-    """checkpoint.pt, if there is one, into the run -> the sums of its unfinished log interval."""
+    """checkpoint.pt into the run, or the weights of --init if there is none yet -> the sums of the unfinished log interval."""
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
+        if run.args.init:
+            load_weights(run.model, run.args.init)
         return {}
     saved = load_file(path)
     if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
@@ -239,8 +244,9 @@ def peak_memory_mb(device, restart=False):
         if restart:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError):  # Linux alone can restart
-        restart and Path("/proc/self/clear_refs").write_text("5")
+    if restart:
+        with contextlib.suppress(OSError):  # Linux alone can
+            Path("/proc/self/clear_refs").write_text("5")
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage speaks of bytes there, of KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -265,8 +271,6 @@ def build_run(args, length, device):
     batches = Batches(length, args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
     torch.manual_seed(args.seed)  # every process starts from the same weights
     model = METHODS[args.method](args).to(device)
-    if args.init:
-        load_weights(model, args.init)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
     return Run(args, device, batches, model, wrap(model, args, device), build_optimizer(model, args), scaler, lr)
@@ -405,7 +409,7 @@ def train(args, argv, device):
     if folder:
         folder.describe(args, argv)
         folder.cut_log(batches.start)
-        announce(run)
+        announce(run, held_out)
 
     stop, done, too_many = [], batches.start, False  # a signal only leaves a note: the loop finishes its step, saves and returns
     old = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -424,21 +428,22 @@ def train(args, argv, device):
     return int(folder is not None and folder.failed)
 
 
-def announce(run):
+def announce(run, held_out):
     """What is about to run, with the numbers that users ask for first."""
     args, batches, world = run.args, run.batches, dist.get_world_size()
     precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
+    val = "no val set of a batch or more, so no val_loss" if held_out is None else f"val_loss on {len(held_out)} images"
     rule = "--lr" if args.lr else f"blr {args.blr:g} x {batches.global_batch} / 256" if args.blr else "our default"
     print(f"{args.method}: {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f} M parameters, {precision}, {world} x {run.device}\n"
           f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = {batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
-          f"data: {args.data}, {batches.length} images; {args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {batches.start}", flush=True)
+          f"data: {args.data}, {batches.length} images, {val}; {args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {batches.start}", flush=True)
 
 
 def farewell(run, done):
     """The last line: what there is now, and what to run next."""
     args, steps = run.args, run.batches.steps
     if done < steps:
-        print(f"stopped after step {done} of {steps} and saved in {args.out}; the same command resumes", flush=True)
+        print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
     if not (run.folder.path / "encoder.pt").exists():  # a kill came between the two files
         save(run, done, {})

@@ -191,6 +191,7 @@ def one_line(capsys, *words):
     (["--batch-size", "0"], "at least 1"), (["--batch-size", "two"], "batch-size"), (["--epochs", "0"], "at least 1"), (["--crop-scale", ".5", ".2"], "MIN <= MAX"),
     (["--image-size", "18"], "multiple of the patch size 4"), (["--image-size", "1", "2", "3"], "one number or two"), (["--mixing-ratio", ".3"], "1/n"),
     (["--method", "mae", "--mask-ratio", "1"], "leaves 0 of 16"), (["--method", "mae", "--mask-ratio", "0"], "hide at least 1"), (["--width", "0"], "at least 1"),
+    (["--lr", "0"], "positive"), (["--blr", "nan"], "positive"),
     (["--device", "cuda"], "CUDA"), (["--batch-size", "48"], "larger than the set of 40"), (["--init", "nothing.pt"], "no such file"), (["--out", "/proc/run"], "cannot be written"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_mistakes_get_one_line_and_code_2(flags, words, folder, tmp_path, capsys):
@@ -266,6 +267,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(reference, fold
     assert same_weights(tmp_path, reference)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the picture of a NaN
 def test_a_learning_rate_that_blows_up_stops_with_the_last_good_checkpoint(folder, tmp_path, capsys, monkeypatch):
     flags = ("--method", "mae", "--data", folder, "--out", tmp_path, "--epochs", 6)
     with monkeypatch.context() as patched:
