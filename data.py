@@ -393,10 +393,10 @@ class BrokenImages:
         return len(self.names) > 10 and len(self.names) > 0.01 * self.seen
 
 
-def first_images(dataset, image_size, count):
-    """The first `count` images of a set, centred, uint8 (count, 3, H, W); broken ones are replaced."""
-    samples = Samples(dataset, FitTo(image_size), seed=0)
-    images, _, names = collate([samples[0, i] for i in range(min(count, len(dataset)))])
+def some_images(dataset, image_size, count):
+    """`count` images spread evenly over a set (its classes may be sorted), centred, uint8 (count, 3, H, W); broken ones are replaced."""
+    samples, count = Samples(dataset, FitTo(image_size), seed=0), min(count, len(dataset))
+    images, _, names = collate([samples[0, i * len(dataset) // count] for i in range(count)])
     BrokenImages().count(images, names)
     return images
 

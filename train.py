@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, first_images, loader, normalize, open_sets, seed_torch,
+from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, loader, normalize, open_sets, seed_torch, some_images,
                   train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
@@ -405,7 +405,7 @@ def train(args, argv, device):
     sums = resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
-        held_out = first_images(val_set, args.image_size, args.val_images)
+        held_out = some_images(val_set, args.image_size, args.val_images)
     if folder:
         folder.describe(args, argv)
         folder.cut_log(batches.start)

@@ -174,6 +174,12 @@ def test_batches_are_contiguous_slices_of_one_order():
         Batches(50, 26, 1, 0, 2, seed=0, epochs=1)
 
 
+def test_held_out_images_come_from_all_over_the_set(folder):
+    dataset = data.open_folder(folder / "train")  # sorted by class
+    images = data.some_images(dataset, (20, 20), 4)
+    assert all(torch.equal(images[k], dataset[10 * k][0]) for k in range(4))
+
+
 def test_pictures_are_titled_and_hold_the_panels():
     sheet = data.picture_sheet(torch.rand(2, 3, 3, 64, 64), ("a", "b", "c"))
     pixels = np.array(sheet)
