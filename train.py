@@ -482,15 +482,18 @@ def benchmark(args, argv, device):
         flops.append(counter.get_total_flops())
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
-    rounds = [[timed(function, device) for function in (partial(torch.matmul, a, b), *steps)] for _ in range(10)]
-    product_seconds, *step_seconds = (statistics.median(column) for column in zip(*rounds))
-    rate = 2 * size**3 / product_seconds
+    products = 8  # in a row, so that one quiet moment does not stand for the machine
+    rounds = [[timed(function, device) for function in (lambda: [a @ b for _ in range(products)], *steps)] for _ in range(10)]
+    product_seconds, *step_seconds = zip(*rounds)
+    rates = [products * 2 * size**3 / seconds for seconds in product_seconds]  # FLOP/s, round by round
     if dist.get_rank() == 0:
-        print(f"matrix product of {size} x {size}: {rate / 1e12:.3g} TFLOP/s ({a.dtype}); medians of {len(rounds)} rounds in turns")
-        for name, its_args, s, f, m in zip([args.method, *args.benchmark], all_args, step_seconds, flops, memory):
-            images = its_args.batch_size * its_args.accumulate * dist.get_world_size()
-            print(f"{name}: {images / s:.4g} images/s, {1000 * s:.4g} ms/step of {images} images, {m:.0f} MB, {f / 1e9:.4g} GFLOP/step = "
-                  f"{100 * f / s / rate:.0f} % of the matrix product's rate, {s / step_seconds[0]:.3f} x {args.method}'s time")
+        print(f"matrix product of {size} x {size}: {statistics.median(rates) / 1e12:.3g} TFLOP/s ({a.dtype}); medians of {len(rounds)} rounds in turns")
+        for name, its_args, seconds, f, m in zip([args.method, *args.benchmark], all_args, step_seconds, flops, memory):
+            images, typical = its_args.batch_size * its_args.accumulate * dist.get_world_size(), statistics.median(seconds)
+            share = statistics.median(f / s / rate for s, rate in zip(seconds, rates))
+            ratio = statistics.median(s / first for s, first in zip(seconds, step_seconds[0]))
+            print(f"{name}: {images / typical:.4g} images/s, {1000 * typical:.4g} ms/step of {images} images, {m:.0f} MB, {f / 1e9:.4g} GFLOP/step = "
+                  f"{100 * share:.0f} % of the matrix product's rate, {ratio:.3f} x {args.method}'s time")
     return 0
 
 
