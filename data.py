@@ -73,21 +73,18 @@ def seed_torch(*what):
 def decode(path):
     """An image file -> uint8 RGB (3, H, W): grey and palettes expanded, alpha dropped, EXIF rotation applied, 16 bits / 256.
 
-    torchvision's decoder is about twice as fast as PIL, but deprecated, and it knows fewer formats: what it cannot read, PIL tries.
+    JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, and what it cannot read, to PIL.
+    (On damaged PNGs torchvision's decoder can take the process with it.)
     """
-    try:
-        with warnings.catch_warnings():
+    with open(path, "rb") as file:
+        jpeg = file.read(2) == b"\xff\xd8"
+    if jpeg:
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError):
             warnings.simplefilter("ignore", DeprecationWarning)
-            image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
-        if image.dtype == torch.uint16:
-            image = (image.int() // 256).to(torch.uint8)
-        if image.ndim == 3 and image.dtype == torch.uint8:  # an animation has four dimensions
-            return image
-    except (RuntimeError, AttributeError):
-        pass
+            return torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # PIL would clip 16 bits to white
+        if image.mode.startswith("I"):  # PIL would clip 16 bits to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
@@ -190,7 +187,7 @@ class Shapes:
         alpha = np.clip(0.5 + inside * radius * min(H, W) / 2, 0, 1)[..., None]  # an edge one pixel wide
         canvas = (1 - alpha) * canvas + alpha * self.texture(rng, x, y)
 
-        mask = alpha[..., 0] > 0.5
+        mask = alpha[..., 0] >= 0.5 * alpha.max()  # at least a pixel, however small the image
         (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
         image = torch.from_numpy((canvas * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
         return {"image": image, "label": label, "mask": torch.from_numpy(mask),
@@ -224,8 +221,12 @@ def add_data_args(parser):
 
 def open_folder(folder):
     """A folder -> Files. Its first level of folders are the classes; if images lie directly in it, there are no labels."""
-    found = sorted(os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True)
-                   for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))
+        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(root, f)) not in seen]  # a link may lead back up
+        found += [os.path.join(root, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    found.sort()
     if not found:
         raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
     parts = [Path(path).relative_to(folder).parts for path in found]
@@ -238,7 +239,10 @@ def open_folder(folder):
 
 def open_list(path):
     """A .txt with one image path a line, relative to the list's own folder -> Files without labels."""
-    paths = [str(path.parent / line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        paths = [str(path.parent / line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: cannot be read as a text of image paths") from None
     if not paths:
         raise UserError(f"{path}: no image paths in it")
     missing = [p for p in paths if not os.path.isfile(p)]
@@ -318,7 +322,7 @@ class Samples(torch.utils.data.Dataset):
             try:
                 image, label = self.dataset[i]
                 return self.transform(image), label, broken
-            except (OSError, ValueError, RuntimeError, SyntaxError):  # what PIL and torchvision raise on bad files
+            except Exception:  # bad files make PIL and torchvision raise all kinds
                 broken.append(self.dataset.name(i))
                 i = int(torch.randint(len(self.dataset), ()))
         return None, -1, broken
@@ -379,18 +383,22 @@ class BrokenImages:
     """Names and counts the broken images that one process met; more than 10 and more than 1 % of what it saw are too many."""
 
     def __init__(self):
-        self.names, self.seen = set(), 0
+        self.names, self.seen, self.too_many = [], 0, False
 
     def count(self, images, names):
-        """What `collate` returned -> whether there are too many by now; a UserError if a batch could not be filled at all."""
-        for name in dict.fromkeys(names):
+        """Take note of what `collate` returned; a UserError if a batch could not be filled at all."""
+        for name in names:
             if name not in self.names:
                 tqdm.write(f"warning: {name} is broken; another image takes its place", file=sys.stderr)
-        self.names.update(names)
+                self.names.append(name)
         if images is None:
-            raise UserError(f"{len(self.names)} images cannot be read, the first is {names[0]}; too many are broken", code=1)
+            raise self.error()
         self.seen += len(images)
-        return len(self.names) > 10 and len(self.names) > 0.01 * self.seen
+        self.too_many = len(self.names) > 10 and len(self.names) > 0.01 * self.seen
+
+    def error(self):
+        return UserError(f"too many broken images: {len(self.names)} of {self.seen + len(self.names)}, the first is {self.names[0]}; "
+                         f"repair or remove them", code=1)
 
 
 def some_images(dataset, image_size, count):
@@ -431,11 +439,13 @@ class RunFolder:
             raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another folder") from None
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when this process dies, in whatever way
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(f"--out {path}: another process is training in this folder; stop it or choose another folder") from None
+        except OSError as error:
+            print(f"warning: {path} cannot be locked ({error.strerror}); see to it that no second run uses it", file=sys.stderr)
 
     def write(self, name, write):
-        """write(file) into a temporary file, then rename: the old file survives whatever happens. A failure is told, not raised."""
+        """write(file) into a temporary file, then rename: the old file survives whatever happens. A failure is told, not raised -> success."""
         temporary, path = self.path / (name + ".tmp"), self.path / name
         try:
             with open(temporary, "wb") as file:
@@ -446,10 +456,12 @@ class RunFolder:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+            return True
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             self.warn(name, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            return False
 
     def warn(self, name, error):
         self.failed = True

@@ -103,7 +103,7 @@ def homologous_contrastive_loss(z, sources, tau):
     similarity = (z @ z.transpose(1, 2) / tau).masked_fill(itself, float("-inf"))  # cos / tau, (G, L, L)
     log_ratio = similarity - similarity.logsumexp(dim=-1, keepdim=True)
     positive = (sources.unsqueeze(1) == sources.unsqueeze(2)) & ~itself  # (G, L, L)
-    return -log_ratio[positive].mean()  # every patch has the same number of positives, so one mean is the mean of means
+    return -log_ratio.masked_fill(~positive, 0).sum() / positive.sum()  # all patches have as many positives: one mean is the mean of means
 
 
 def sampling_accuracy(attention, kept, sources, k):
@@ -144,9 +144,9 @@ class MixedAE(nn.Module):
         self.decoder = build_decoder(args, self.encoder)
         L = self.encoder.num_patches
         self.n = n = check_ratio(args.mixing_ratio, args.batch_size, L)
-        self.k = k = int(args.topk * L)  # K of Eq. 6
-        if not 1 <= k <= L:
-            raise UserError(f"--topk {args.topk}: K = {k} of {L} keys; it must keep at least 1 key and at most all (1.0)")
+        self.k = k = int(args.topk * L) if 0 < args.topk <= 1 else 0  # K of Eq. 6
+        if not k:
+            raise UserError(f"--topk {args.topk}: K = topk x L, L = {L}; it must keep at least 1 key and at most all (1.0)")
         if not 0 <= args.global_layers <= args.depth:
             raise UserError(f"--global-layers {args.global_layers}: the encoder has {args.depth} layers; give 0 to {args.depth}")
         if k == L:  # no sampling: there is nothing to choose in Eq. 6; the sampling accuracy looks at r L keys
@@ -159,6 +159,9 @@ class MixedAE(nn.Module):
             self.segments = nn.Parameter(torch.empty(n, self.encoder.width).normal_(std=0.02))
         else:
             self.segments = None
+        if not self.weight >= 0 or not self.tau > 0 or args.projector_width < 1:
+            raise UserError(f"--homocon-weight {self.weight} must be at least 0, --temperature {self.tau} above 0, "
+                            f"--projector-width {args.projector_width} at least 1")
         if self.weight:  # a module exists only if it is used: DDP stops on a parameter without gradient
             self.projector = nn.Linear(self.encoder.width, args.projector_width)
             self.projector.apply(init_weights)
@@ -199,7 +202,7 @@ class MixedAE(nn.Module):
                 z = self.projector(out["z"][:, 1:].float())  # patches after the final LayerNorm, (G, L, 128)
                 homocon = homologous_contrastive_loss(z, out["sources"], self.tau)  # Eq. 7
             loss = recon + self.weight * homocon  # Eq. 8
-            metrics |= {"homocon": homocon.detach(), "homocon_floor": homocon.new_tensor(self.homocon_floor)}
+            metrics |= {"homocon": homocon.detach(), "homocon_floor": homocon.new_full((), self.homocon_floor)}
         return loss, metrics
 
     @torch.no_grad()
@@ -243,7 +246,7 @@ class MixedAE(nn.Module):
 
 def check_ratio(ratio, batch_size, patches):
     """r -> n, or one clear line: r = 1/n, n >= 2 (Sec. 3.1: r in (0, 0.5]), n divides the batch and L, and r L >= 2 (Eq. 7)."""
-    n = round(1 / ratio) if ratio > 0 else 0
+    n = round(1 / ratio) if 1e-6 < ratio <= 1 else 0
     if n < 2 or abs(ratio * n - 1) > 0.01:
         raise UserError(f"--mixing-ratio {ratio} is not 1/n with n >= 2; use .5, .333, .25, .2, .125 ...")
     if batch_size % n:

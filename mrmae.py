@@ -58,10 +58,9 @@ class MAE(nn.Module):
         self.decoder = build_decoder(args, self.encoder)
         self.norm_pix = args.norm_pix
         L = self.encoder.num_patches
-        self.num_visible = int(L * (1 - args.mask_ratio))  # V
+        self.num_visible = int(L * (1 - args.mask_ratio)) if 0 < args.mask_ratio < 1 else 0  # V
         if not 0 < self.num_visible < L:
-            raise UserError(f"--mask-ratio {args.mask_ratio} leaves {self.num_visible} of {L} patches visible; "
-                            f"it must leave at least 1 and hide at least 1")
+            raise UserError(f"--mask-ratio {args.mask_ratio}: of {L} patches at least 1 must stay visible and at least 1 be hidden")
 
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2 (1). images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None to draw one.

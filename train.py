@@ -22,6 +22,7 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, load
                   train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
-from vit import Block, UserError, add_size_args, load_file, resolve_sizes
+from vit import Block, UserError, add_size_args, fill, load_file, resolve_sizes
 
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
@@ -94,9 +95,11 @@ def parse_args(argv=None, base=()):
     for flag, least in dict(epochs=1, batch_size=1, accumulate=1, workers=0, val_images=0, log_every=1, save_every=0, warmup_epochs=0).items():
         if not getattr(args, flag) >= least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-    for flag in ("lr", "blr"):
-        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be a positive number")
+    for flag, value, right in (("lr", args.lr, args.lr is None or 0 < args.lr < math.inf), ("blr", args.blr, args.blr is None or 0 < args.blr < math.inf),
+                               ("beta2", args.beta2, 0 <= args.beta2 < 1), ("weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
+                               ("seed", args.seed, 0 <= args.seed < 2**63)):
+        if not right:
+            parser.error(f"--{flag} {value}: out of range")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args)
@@ -110,8 +113,10 @@ def start_processes(args):
     """Join the process group of torchrun, or make one of this process alone -> device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA card is usable here; use --device cpu")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    cuda, local_rank = args.device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank} of this machine has no card: there are {torch.cuda.device_count()}; lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
@@ -190,23 +195,16 @@ def forward_backward(model, optimizer, scaler, micro_batches, step, args, device
 # Starting from a file
 # --------------------------------------------------------------------------------------------------------------------
 def load_weights(model, path):
-    """--init: weights alone, from a checkpoint.pt of this method, an encoder.pt or a published MAE file (these fill the encoder)."""
+    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published MAE file -> what was filled (see vit.fill)."""
     state = load_file(path)
-    try:
-        if "config" in state:  # encoder.pt
-            weights = {"encoder." + name: value for name, value in state["state_dict"].items()}
-        else:
-            weights = state["model"] if "optimizer" in state and "sums" in state else from_official_mae(state)
-        own = model.state_dict()
-        if "config" in state or not isinstance(model, MAE) and "optimizer" not in state:
-            weights = own | {name: value for name, value in weights.items() if name.startswith("encoder.")}
-        for name in (name for name in own if name.endswith("pos_embed")):  # a fixed table: that of another grid makes way for our own
-            if name in weights and weights[name].shape != own[name].shape:
-                weights[name] = own[name]
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        reason = (str(error).splitlines()[1:] or [str(error)])[0].strip()
-        raise UserError(f"--init {path}: does not fit this {type(model).__name__}: {reason[:300]}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"--init {path}: holds no weights by name")
+    shape = state.get("config") or state.get("args") or {}
+    if "state_dict" in state:
+        weights = {"encoder." + name: value for name, value in state["state_dict"].items()}  # encoder.pt
+    else:
+        weights = state["model"] if "optimizer" in state else from_official_mae(state)
+    return fill(model, weights, shape, f"--init {path}")
 
 
 def resume(run):
@@ -214,7 +212,9 @@ def resume(run):
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
         if run.args.init:
-            load_weights(run.model, run.args.init)
+            filled = load_weights(run.model, run.args.init)
+            if run.folder:
+                print(f"--init {run.args.init}: fills {filled}")
         return {}
     saved = load_file(path)
     if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
@@ -277,11 +277,11 @@ def build_run(args, length, device):
 
 
 def save(run, step, sums):
-    """checkpoint.pt (resumes) and encoder.pt (transfers), after `step` steps."""
+    """encoder.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
-    run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
-    run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
+    if run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file)):
+        run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
 
 
 def mean_over_processes(values, device):
@@ -304,13 +304,18 @@ def optimizer_step(run, micro_batches, step, stop_asked):
     return values, finite
 
 
+def eager(args):
+    """Pictures and validation run without torch.compile, whose limit of graphs is for the training step."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def evaluate(run, images):
     """Mean loss over whole batches of uint8 val images, with the same masks each time; each process takes every world-th batch."""
     size, total = run.args.batch_size, torch.zeros(2, device=run.device)  # sum, count
     for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
         seed_torch(run.args.seed, "val", j)
-        with autocast(run.args, run.device):
+        with eager(run.args), autocast(run.args, run.device):
             loss, _ = run.model(normalize(images[j * size :][:size].to(run.device)))
         total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
     dist.all_reduce(total)
@@ -318,10 +323,10 @@ def evaluate(run, images):
 
 
 def look(run, images):
-    """The method's pictures of uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
+    """The method's pictures of at most 64 uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
     seed_torch(run.args.seed, "look")
-    with autocast(run.args, run.device):
-        return run.model.visualize(normalize(images.to(run.device)))
+    with eager(run.args), autocast(run.args, run.device):
+        return run.model.visualize(normalize(images[:64].to(run.device)))
 
 
 class Meter:
@@ -342,24 +347,23 @@ class Meter:
                 "memory_mb": peak_memory_mb(run.device)}
 
 
-def run_steps(run, stream, sums, stop, held_out):
-    """The loop: the steps from run.batches.start on, with the batches of `stream` -> (steps done, whether too many images were broken).
+def run_steps(run, stream, sums, stop, broken, held_out):
+    """The loop: the steps from run.batches.start on, with the batches of `stream` -> steps done.
 
-    sums: totals of a log interval that a stop cut in two. held_out: uint8 val images, or None.
+    sums: totals of a log interval that a stop cut in two. stop: a list, empty until a signal comes. held_out: uint8 val images, or None.
     """
-    args, folder = run.args, run.folder
-    start = run.batches.start
-    meter, broken, bad_in_row, saved_at = Meter(start, sums), BrokenImages(), 0, time.perf_counter()
+    args, folder, start = run.args, run.folder, run.batches.start
+    meter, bad_in_row, saved_at = Meter(start, sums), 0, time.perf_counter()
     with tqdm(total=run.batches.steps, initial=start, unit="step", disable=folder is None, mininterval=1.0) as bar:
         for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
             asked, micro_batches = time.perf_counter(), []
             for _ in range(args.accumulate):
                 images, _, names = next(stream)
-                too_many = broken.count(images, names)
+                broken.count(images, names)
                 micro_batches.append(images.to(run.device, non_blocking=True))
             meter.waited += time.perf_counter() - asked
 
-            values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop or too_many))
+            values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop) or broken.too_many)
             leave = values.pop("stop") > 0
             if finite:
                 bad_in_row = 0
@@ -377,7 +381,7 @@ def run_steps(run, stream, sums, stop, held_out):
                 if epoch_ends and held_out is not None:
                     row["val_loss"] = evaluate(run, held_out)
                 if folder:
-                    row |= look(run, micro_batches[-1][:64])[1]
+                    row |= look(run, micro_batches[-1])[1]
                     folder.log(row)
                     bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
                     if epoch_ends:
@@ -385,47 +389,58 @@ def run_steps(run, stream, sums, stop, held_out):
                         tqdm.write(f"epoch {done // run.batches.steps_per_epoch}/{args.epochs}: {', '.join(shown)}")
                 meter = Meter(done)
             if folder and epoch_ends:
-                panels, _ = look(run, micro_batches[-1] if held_out is None else held_out[: args.batch_size])
+                panels, _ = look(run, micro_batches[-1] if held_out is None else held_out)
                 folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
-            due = epoch_ends or leave or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
-            if folder and due and not bad_in_row:
+            due = epoch_ends or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
+            if folder and (leave or done == run.batches.steps or due and not bad_in_row):
                 save(run, done, meter.sums)
                 saved_at = time.perf_counter()
             if leave:
                 break
-    return done, too_many
+    return done
 
 
 def train(args, argv, device):
     """One run, from its flags to its last checkpoint -> exit code."""
+    in_turn = args.download and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if in_turn:
+        dist.barrier()  # one process of each machine downloads first
     train_set, val_set = open_sets(args)
+    if args.download and not in_turn:
+        dist.barrier()
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     run = build_run(args, len(train_set), device)
     run.folder, batches, held_out = folder, run.batches, None
     sums = resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
+    done = batches.start
+    if done == batches.steps:
+        farewell(run, done)
+        return 0
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
         held_out = some_images(val_set, args.image_size, args.val_images)
     if folder:
         folder.describe(args, argv)
-        folder.cut_log(batches.start)
+        folder.cut_log(done)
         announce(run, held_out)
 
-    stop, done, too_many = [], batches.start, False  # a signal only leaves a note: the loop finishes its step, saves and returns
-    old = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    samples, stop, broken = Samples(train_set, train_transform(args), args.seed), [], BrokenImages()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in signals]  # the loader's processes inherit this: they must outlive the save
     try:
-        if done < batches.steps:
-            samples = Samples(train_set, train_transform(args), args.seed)
-            stream = iter(loader(samples, batches, args.workers, device.type == "cuda"))
-            done, too_many = run_steps(run, stream, sums, stop, held_out)
+        stream = iter(loader(samples, batches, args.workers, device.type == "cuda"))
+        for number in signals:
+            signal.signal(number, lambda number, frame: stop.append(number))  # only a note: the loop finishes its step, saves and returns
+        done = run_steps(run, stream, sums, stop, broken, held_out)
     finally:
-        for number, handler in old.items():
+        for number, handler in zip(signals, before):
             signal.signal(number, handler)
-    if folder:
-        farewell(run, done)
-    if done < batches.steps:
-        return 1 if too_many else 128 + (stop or [signal.SIGTERM])[0]  # where another process got the signal, its number is not known
-    return int(folder is not None and folder.failed)
+    farewell(run, done)
+    if broken.too_many:
+        raise broken.error()
+    if done == batches.steps or folder and folder.failed:
+        return int(bool(folder and folder.failed))
+    return 128 + (stop or [signal.SIGTERM])[0]  # where another process got the signal, its number is not known here
 
 
 def announce(run, held_out):
@@ -442,11 +457,11 @@ def announce(run, held_out):
 def farewell(run, done):
     """The last line: what there is now, and what to run next."""
     args, steps = run.args, run.batches.steps
+    if not run.folder:
+        return
     if done < steps:
         print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
-    if not (run.folder.path / "encoder.pt").exists():  # a kill came between the two files
-        save(run, done, {})
     other = "mae" if args.method != "mae" else "mixedae"
     print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds encoder.pt (what transfers), checkpoint.pt, "
           f"log.jsonl and pictures/. To compare: python train.py --method {other} --data {args.data}", flush=True)
@@ -468,7 +483,10 @@ def timed(function, device):
 
 def benchmark(args, argv, device):
     """Time the real step of --method and of the OTHER methods in turns, beside a plain matrix product; prints medians of 10 rounds."""
-    all_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
+    try:
+        all_args = [args] + [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
+    except ValueError as error:
+        raise UserError(f"--benchmark {' '.join(args.benchmark)}: {error}") from None
     steps, flops, memory = [], [], []
     for its_args in all_args:
         before = peak_memory_mb(device, restart=True)
@@ -509,8 +527,12 @@ def main(argv=None):
         dist.barrier()
     except UserError as error:
         code = error.code
-        if os.environ.get("RANK", "0") == "0" or code == 1:  # mistakes are the same everywhere; what fails while running is not
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":  # most mistakes are the same everywhere: let rank 0 say its line, then torchrun ends this one
+            time.sleep(15)
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+    except Exception:  # not re-raised: its frames would hold the loader, whose processes ignore the signal that ends them at exit
+        traceback.print_exc()
+        code = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

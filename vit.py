@@ -16,6 +16,7 @@ Letters, used in every file:
     C channels          p patch size in pixels                 P = C p p values of a patch
 Batch first, tokens last but one, always. A `hidden` mask is True where a patch is hidden, always. Images need not be square.
 """
+import math
 import pickle
 import re
 
@@ -67,7 +68,7 @@ def resolve_sizes(args):
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
-    for flag, value in zip(SIZE_FLAGS, SIZES[args.size]):
+    for flag, value in zip(("patch_size", *SIZE_FLAGS), (args.patch_size, *SIZES[args.size])):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
         if getattr(args, flag) < 1:
@@ -375,7 +376,7 @@ def load_file(path):
         reason = re.search(r"Unsupported global: GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
         found = f" ({reason.group(1) or reason.group(2)})" if reason else ""
         raise UserError(f"{path}: holds more than tensors and plain values{found}, so it is not opened; use a file of plain weights") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damaged files make torch raise all kinds
         reason = (str(error) or "it is empty").splitlines()[0][:90]
         raise UserError(f"{path}: cannot be read ({reason}); is it truncated? use another copy") from None
 
@@ -389,6 +390,28 @@ def rename(state_dict, pairs):
         return next((re.sub(old, new, name, count=1) for old, new in pairs if re.search(old, name)), name)
 
     return {new_name(name): value for name, value in state_dict.items()}
+
+
+def fill(model, weights, shape, source):
+    """Load weights by name into a model with an `encoder` -> what was filled, in words; a UserError that begins with `source`.
+
+    Weights that name every tensor of the model fill all of it, others the encoder; every tensor of that must be there and fit. shape: what
+    the file says of its encoder (width, heads, image_size ...) or {}. Position tables are resized to the model's grid.
+    """
+    own, config = model.state_dict(), model.encoder.config
+    names = own if own.keys() <= weights.keys() else [name for name in own if name.startswith("encoder.")]
+    wrong = [f"{key} {shape[key]} (here {config[key]})" for key in ("width", "depth", "heads", "patch_size") if shape.get(key, config[key]) != config[key]]
+    wrong += [f"no {name}" for name in names if name not in weights]
+    if not wrong:
+        for name in (name for name in names if name.endswith("pos_embed")):
+            side = math.isqrt(weights[name].shape[1] - 1)  # files that say nothing of their shape are square
+            grid = [s // config["patch_size"] for s in shape["image_size"]] if shape else (side, side)
+            weights = {**weights, name: resize_positions(weights[name], grid, model.encoder.grid)}
+        wrong = [f"{name} {tuple(weights[name].shape)} (here {tuple(own[name].shape)})" for name in names if weights[name].shape != own[name].shape]
+    if wrong:
+        raise UserError(f"{source}: does not fit this {type(model).__name__}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    model.load_state_dict({**own, **{name: weights[name] for name in names}})
+    return "the whole model" if names is own else "the encoder"
 
 
 def pack_encoder(encoder, method, feature, mean, std, state_dict=None):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -93,10 +94,9 @@ def test_a_run_folder_holds_what_was_promised(reference, folder):
 
 def test_a_finished_run_says_so(reference, folder, capsys):
     before = (reference / "checkpoint.pt").stat().st_mtime_ns
-    (reference / "encoder.pt").unlink()  # as if a kill had come between the two files
     run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8)
-    assert "finished already" in capsys.readouterr().out.splitlines()[-1] and (reference / "encoder.pt").exists()
-    assert len(rows(reference)) == 9 and before
+    assert "finished already" in capsys.readouterr().out.splitlines()[-1]
+    assert len(rows(reference)) == 9 and (reference / "checkpoint.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -150,9 +150,13 @@ def test_init_takes_weights_alone(reference, folder, tmp_path, capsys):
         name = "encoder.blocks.1.mlp.fc1.weight"
         assert torch.equal(model.state_dict()[name], source[name])
         assert torch.equal(model.state_dict()["segments"], source["segments"]) == (file == "checkpoint.pt")
-    model = build("mae", "--image-size", 32)  # another grid: its own table of positions
+    model = build("mae", "--image-size", 32)  # another grid: the table is resized
     train.load_weights(model, reference / "encoder.pt")
-    assert model.encoder.pos_embed.shape == (1, 65, 32)
+    assert torch.equal(model.encoder.pos_embed, vit.resize_positions(source["encoder.pos_embed"], (4, 4), (8, 8)))
+    for flags, words in ((("--depth", 3), "depth 2 .here 3"), (("--heads", 4), "heads 2 .here 4"), (("--patch-size", 2, "--image-size", 8), "patch_size")):
+        for file in ("checkpoint.pt", "encoder.pt"):
+            with pytest.raises(UserError, match=words):
+                train.load_weights(build("mae", *flags), reference / file)
     golden = torch.load(os.path.join(os.path.dirname(__file__), "golden/mae_tiny.pt"), weights_only=True)
     torch.save({"model": golden["state_dict"]}, tmp_path / "mae.pth")
     sizes = "--image-size 32 --width 48 --depth 2 --heads 4 --decoder-width 32 --decoder-depth 2 --decoder-heads 4".split()
@@ -161,6 +165,15 @@ def test_init_takes_weights_alone(reference, folder, tmp_path, capsys):
         train.load_weights(model, tmp_path / "mae.pth")
         assert torch.equal(model.encoder.cls_token, golden["state_dict"]["cls_token"])
         assert torch.equal(model.decoder.mask_token, golden["state_dict"]["mask_token"]) == (method == "mae")
+    encoder_only = {name: value for name, value in golden["state_dict"].items() if not name.startswith(("decoder", "mask"))}
+    torch.save({"model": encoder_only}, tmp_path / "encoder_only.pth")
+    assert train.load_weights(build("mae", *sizes), tmp_path / "encoder_only.pth") == "the encoder"
+    torch.save({"model": {**encoder_only, "cls_token": torch.zeros(1, 1, 8)}}, tmp_path / "odd.pth")
+    del encoder_only["blocks.1.mlp.fc1.weight"]
+    torch.save({"model": encoder_only}, tmp_path / "holes.pth")
+    for file, words in (("odd.pth", "cls_token .1, 1, 8."), ("holes.pth", "no encoder.blocks.1.mlp.fc1.weight")):
+        with pytest.raises(UserError, match=words):
+            train.load_weights(build("mixedae", *sizes), tmp_path / file)
     run("--method", "mae", "--data", folder, "--out", tmp_path / "run", "--init", tmp_path / "mae.pth", code=2)
     error = capsys.readouterr().err
     assert "does not fit this MAE" in error and error.count("\n") == 1
@@ -190,8 +203,10 @@ def one_line(capsys, *words):
     (["--method", "mea"], "mae"), (["--size", "giant"], "large"), (["--data", "imagenot"], "neither a set"), (["--epoch", "3"], "unrecognized"),
     (["--batch-size", "0"], "at least 1"), (["--batch-size", "two"], "batch-size"), (["--epochs", "0"], "at least 1"), (["--crop-scale", ".5", ".2"], "MIN <= MAX"),
     (["--image-size", "18"], "multiple of the patch size 4"), (["--image-size", "1", "2", "3"], "one number or two"), (["--mixing-ratio", ".3"], "1/n"),
-    (["--method", "mae", "--mask-ratio", "1"], "leaves 0 of 16"), (["--method", "mae", "--mask-ratio", "0"], "hide at least 1"), (["--width", "0"], "at least 1"),
-    (["--lr", "0"], "positive"), (["--blr", "nan"], "positive"),
+    (["--method", "mae", "--mask-ratio", "1"], "at least 1 must stay visible"), (["--method", "mae", "--mask-ratio", "0"], "at least 1 be hidden"), (["--width", "0"], "at least 1"),
+    (["--lr", "0"], "out of range"), (["--blr", "nan"], "out of range"), (["--beta2", "1.5"], "out of range"), (["--weight-decay", "-1"], "out of range"),
+    (["--seed", "99999999999999999999"], "out of range"), (["--patch-size", "0"], "at least 1"), (["--topk", "nan"], "at least 1 key"), (["--temperature", "0"], "above 0"),
+    (["--projector-width", "0"], "at least 1"), (["--method", "mae", "--mask-ratio", "nan"], "at least 1"), (["--benchmark", "mae'"], "quotation"),
     (["--device", "cuda"], "CUDA"), (["--batch-size", "48"], "larger than the set of 40"), (["--init", "nothing.pt"], "no such file"), (["--out", "/proc/run"], "cannot be written"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
 def test_mistakes_get_one_line_and_code_2(flags, words, folder, tmp_path, capsys):
@@ -255,7 +270,7 @@ def test_a_full_disk_while_saving_keeps_the_last_good_checkpoint(reference, fold
     flags = ("--method", "mixedae", "--data", folder, "--out", tmp_path, "--log-every", 2, "--val-images", 8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patched:
-        interrupt_at(patched, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))  # after epoch 1 was saved
+        interrupt_at(patched, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, limits[1])))  # epoch 1 is saved; encoder.pt still fits
         try:
             run(*flags, code=1)
         finally:
@@ -292,6 +307,21 @@ def test_a_step_that_is_not_finite_changes_no_weight(folder, tmp_path):
         assert not finite and all(torch.equal(before[name], value) for name, value in run_.model.state_dict().items())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_what_fails_unforeseen_ends_the_loaders_processes_too(folder, tmp_path, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    interrupt_at(monkeypatch, 2, fail)
+    run("--data", folder, "--out", tmp_path, "--workers", 2, code=1)
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+    import multiprocessing
+
+    deadline = time.time() + 30
+    while multiprocessing.active_children() and time.time() < deadline:
+        time.sleep(0.1)
+    assert multiprocessing.active_children() == []
 
 
 def test_help_shows_the_flags_of_the_method(capsys):
