@@ -402,9 +402,9 @@ class BrokenImages:
 
 
 def some_images(dataset, image_size, count):
-    """`count` images spread evenly over a set (its classes may be sorted), centred, uint8 (count, 3, H, W); broken ones are replaced."""
-    samples, count = Samples(dataset, FitTo(image_size), seed=0), min(count, len(dataset))
-    images, _, names = collate([samples[0, i * len(dataset) // count] for i in range(count)])
+    """`count` images of a set in a fixed random order (its files are sorted by class), centred, uint8 (count, 3, H, W)."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    images, _, names = collate([Samples(dataset, FitTo(image_size), seed=0)[0, i] for i in order])
     BrokenImages().count(images, names)
     return images
 
