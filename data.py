@@ -1,9 +1,9 @@
-"""Data sets, transforms and loaders: the one file that knows file formats, the image mean and the standard deviation.
+"""Data sets, transforms, loaders, and the folder that a run writes: the one file that knows file formats, image mean and deviation.
 
-Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune (those that exist).
+Reading order of the project: vit -> mrmae -> mixedae -> **data** -> train.
 
     --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label)
-        -- Samples: decode, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
+        -- Samples: fetch, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
     uint8 (B, 3, H, W), on the device -- normalize --> floats
 
 Randomness has no state, so a run that was stopped anywhere goes on exactly as if it had not been: the order of an epoch is a
@@ -39,19 +39,19 @@ STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def _constants(images):
+def mean_and_std(images):
     return (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (MEAN, STD))
 
 
 def normalize(images):
     """uint8 (B, 3, H, W) -> float32, normalised with the ImageNet mean and standard deviation."""
-    mean, std = _constants(images)
+    mean, std = mean_and_std(images)
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images):
     """The inverse of `normalize`, to floats where [0, 1] is black to white."""
-    mean, std = _constants(images)
+    mean, std = mean_and_std(images)
     return images * std + mean
 
 
@@ -211,7 +211,7 @@ SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 def add_data_args(parser):
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="shapes", help=f"a set ({', '.join(NAMES)}), a folder (./cifar10 is one), or a .txt of image paths")
+    group.add_argument("--data", default="shapes", help=f"a set ({', '.join(NAMES)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
     group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),
@@ -281,7 +281,7 @@ def open_sets(args):
 # Samples and batches
 # --------------------------------------------------------------------------------------------------------------------
 def train_transform(args):
-    """MAE's pre-training augmentation on uint8 tensors: random resized crop (bicubic) and flip."""
+    """MAE's augmentation, and MixedAE's (Sec. 4.1: "random cropping and flipping"), on uint8 tensors: resized crop (bicubic) and flip."""
     return v2.Compose([
         v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
         v2.RandomHorizontalFlip(),
@@ -404,7 +404,8 @@ class BrokenImages:
 def some_images(dataset, image_size, count):
     """`count` images of a set in a fixed random order (its files are sorted by class), centred, uint8 (count, 3, H, W)."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, _, names = collate([Samples(dataset, FitTo(image_size), seed=0)[0, i] for i in order])
+    samples = Samples(dataset, FitTo(image_size), seed=0)  # broken ones are replaced
+    images, _, names = collate([samples[0, i] for i in order])
     BrokenImages().count(images, names)
     return images
 

@@ -1,6 +1,6 @@
 """Mixed Autoencoder (MixedAE), Chen et al., CVPR 2023, arXiv 2303.17152, in compose mode.
 
-Reading order of the project: vit -> mrmae -> **mixedae** -> cae -> data -> train -> finetune (those that exist).
+Reading order of the project: vit -> mrmae -> **mixedae** -> data -> train.
 
 Mix the patches of n = 1/r images into one, let each patch find the patches of its own image, and rebuild all n images:
 
@@ -12,10 +12,10 @@ Mix the patches of n = 1/r images into one, let each patch find the patches of i
         -- decoder --> pred (B, L, P) -- Eq. 4: squared error where M is another image
     Eq. 8: L = L_recon + lambda L_HomoCon
 
-Run it:  torchrun train.py --method mixedae    (the drawn set `shapes`, a laptop; README.md has times, losses and the paper's runs)
+Run it:  python train.py --method mixedae    (the drawn set `shapes`, a laptop; README.md has times, losses and the paper's runs)
 
-The log shows both losses, and beside `homocon` its floor log(r L - 1): positives stand in the denominator of Eq. 7, so it cannot
-fall below about that, and a run that has reached it is not stuck. `accuracy` is the sampling accuracy of Fig. 6 (chance: r).
+The log shows both losses, and beside `homocon` its floor log(r L - 1), below which it cannot fall: with m = r L - 1 positives in its
+denominator, -log of a positive's share is on average at least log m. A run that has reached it is not stuck. `accuracy` is the sampling accuracy of Fig. 6 (chance: r).
 
 Where the paper is silent (its appendices A-E are not public)
     - Groups are n consecutive images of one process's micro-batch.
@@ -41,7 +41,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from data import MEAN, STD, denormalize
-from vit import UserError, build_decoder, build_encoder, init_weights, pack_encoder, patch_stats, patchify, unpatchify
+from vit import UserError, build_decoder, build_encoder, init_weights, norm_pix, pack_encoder, patchify, undo_norm_pix, unpatchify
 
 COLOURS = [(0.90, 0.30, 0.24), (0.20, 0.60, 0.86), (0.95, 0.77, 0.06), (0.18, 0.80, 0.44),  # who gave a patch, in the pictures
            (0.61, 0.35, 0.71), (0.90, 0.49, 0.13), (0.10, 0.74, 0.61), (0.50, 0.55, 0.55)]
@@ -62,19 +62,19 @@ def indicator(sources, n):
 
 
 def mix(x, sources):
-    """Eq. 1: x^ = sum_i 1(M = i) x_i. Clean patches x (G, n, L, P), sources M (G, L) -> mixed (G, L, P)."""
+    """Eq. 1: x_hat = sum_i 1(M = i) x_i, for each group j (an index that is left out here and below). Clean patches x (G, n, L, P), sources M (G, L) -> mixed (G, L, P)."""
     own = indicator(sources, x.shape[1])  # (G, n, L)
     return (own.unsqueeze(-1) * x).sum(dim=1)
 
 
 def unmix(z, sources, n, mask_token):
-    """Eq. 3: z_i = 1(M = i) z^ + [1 - 1(M = i)] [MASK].
+    """Eq. 3: z_i = 1(M = i) z_hat + [1 - 1(M = i)] [MASK].
 
-    z (G, 1+L, Dd) embedded for the decoder, CLS first; sources (G, L); mask_token (1, 1, Dd) -> (B, 1+L, Dd), B = G n, the n
+    z (G, 1+L, Dd) is z_hat after decoder.embed, CLS first; sources (G, L); mask_token (1, 1, Dd) -> (B, 1+L, Dd), B = G n, the n
     images of a group one after the other, each with a copy of CLS.
     """
     own = F.pad(indicator(sources, n), (1, 0), value=True)  # (G, n, 1+L)
-    unmixed = torch.where(own.unsqueeze(-1), z.unsqueeze(1), mask_token.unsqueeze(1))  # (G, n, 1+L, Dd)
+    unmixed = torch.where(own.unsqueeze(-1), z.unsqueeze(1), mask_token.unsqueeze(1))  # (G, n, 1+L, Dd), fp32 under autocast
     return rearrange(unmixed, "g n l d -> (g n) l d")
 
 
@@ -95,15 +95,16 @@ def reconstruction_loss(pred, target, sources):
 def homologous_contrastive_loss(z, sources, tau):
     """Eq. 7: L_HomoCon = - sum_l sum_l+ log( exp(cos(z_l, z_l+) / tau) / sum_{l' != l} exp(cos(z_l, z_l') / tau) ).
 
-    z (G, L, 128) projected patch features, sources (G, L). l+ runs over the r L - 1 other patches of l's image, l' over all L - 1
-    other patches of the mixed image. Averaged over l+, l and the groups -> ().
+    z (G, L, 128, or --projector-width) projected patch features, sources (G, L). l+ runs over the r L - 1 other patches of l's image
+    (positives separately, Table 3c), l' over all L - 1 other patches of the mixed image. Averaged over l+, l and the groups -> ().
     """
     z = F.normalize(z.float(), dim=-1)
     itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)  # (L, L)
     similarity = (z @ z.transpose(1, 2) / tau).masked_fill(itself, float("-inf"))  # cos / tau, (G, L, L)
     log_ratio = similarity - similarity.logsumexp(dim=-1, keepdim=True)
     positive = (sources.unsqueeze(1) == sources.unsqueeze(2)) & ~itself  # (G, L, L)
-    return -log_ratio.masked_fill(~positive, 0).sum() / positive.sum()  # all patches have as many positives: one mean is the mean of means
+    # Every patch has r L - 1 positives, so one mean over all pairs is the mean over l+, then l.
+    return -log_ratio.masked_fill(~positive, 0).sum() / positive.sum()
 
 
 def sampling_accuracy(attention, kept, sources, k):
@@ -136,7 +137,6 @@ class MixedAE(nn.Module):
         add("--projector-width", type=int, default=128, help="output width of the linear projector before Eq. 7 (Sec. 4.1)")
         add("--segment-embedding", action=argparse.BooleanOptionalAction, default=True, help="tell a group's images apart by a learned vector (Sec. 3.2)")
         add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="targets normalised patch by patch (Sec. 4.1: as MAE)")
-        parser.set_defaults(beta2=0.95, weight_decay=0.05)  # Sec. 4.1: as MAE, betas (.9, .95), weight decay .05
 
     def __init__(self, args):
         super().__init__()
@@ -144,31 +144,31 @@ class MixedAE(nn.Module):
         self.decoder = build_decoder(args, self.encoder)
         L = self.encoder.num_patches
         self.n = n = check_ratio(args.mixing_ratio, args.batch_size, L)
-        self.k = k = int(args.topk * L) if 0 < args.topk <= 1 else 0  # K of Eq. 6
-        if not k:
+        if not 0 < args.topk <= 1 or int(args.topk * L) < 1:
             raise UserError(f"--topk {args.topk}: K = topk x L, L = {L}; it must keep at least 1 key and at most all (1.0)")
         if not 0 <= args.global_layers <= args.depth:
             raise UserError(f"--global-layers {args.global_layers}: the encoder has {args.depth} layers; give 0 to {args.depth}")
-        if k == L:  # no sampling: there is nothing to choose in Eq. 6; the sampling accuracy looks at r L keys
-            self.k = L // n
-        else:
+        k = int(args.topk * L)  # K of Eq. 6
+        if k < L:  # K = L is no sampling: plain global attention (Table 3d)
             for block in self.encoder.blocks[args.global_layers :]:
-                block.attn.topk = k
+                block.attn.topk = k  # Eq. 6 in every layer but the first ones (Sec. 3.2, Table 3e)
+        self.accuracy_keys = k if k < L else L // n  # the keys that Fig. 6 looks at: with K = L the accuracy would always be r
         self.norm_pix, self.weight, self.tau = args.norm_pix, args.homocon_weight, args.temperature
         if args.segment_embedding:
-            self.segments = nn.Parameter(torch.empty(n, self.encoder.width).normal_(std=0.02))
+            self.segments = nn.Parameter(torch.empty(n, self.encoder.width).normal_(std=0.02))  # std ours: as CLS and [MASK]
         else:
             self.segments = None
-        if not self.weight >= 0 or not self.tau > 0 or args.projector_width < 1:
+        if not (self.weight >= 0 and self.tau > 0 and args.projector_width >= 1):  # so written, NaN is refused too
             raise UserError(f"--homocon-weight {self.weight} must be at least 0, --temperature {self.tau} above 0, "
                             f"--projector-width {args.projector_width} at least 1")
         if self.weight:  # a module exists only if it is used: DDP stops on a parameter without gradient
-            self.projector = nn.Linear(self.encoder.width, args.projector_width)
+            self.projector = nn.Linear(self.encoder.width, args.projector_width)  # Sec. 4.1: linear, right before Eq. 7
             self.projector.apply(init_weights)
             self.homocon_floor = math.log(L // n - 1)
 
     def predict(self, images, mask=None):
-        """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask: source ids M (G, L) in 0 .. n-1, or None to draw them.
+        """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask: M of Eq. 2, the source ids (G, L) in 0 .. n-1
+        (the paper counts from 1), or None to draw them.
 
         Returns mixed (G, L, P), sources (G, L), z (G, 1+L, D), unmixed (B, 1+L, Dd), pred and target (B, L, P).
         """
@@ -182,15 +182,13 @@ class MixedAE(nn.Module):
 
         tokens = encoder.embed(unpatchify(mixed, encoder.grid, encoder.patch_size))  # (G, L, D)
         if self.segments is not None:
-            tokens = tokens + self.segments[sources]
+            tokens = tokens + self.segments[sources]  # segment embedding (Sec. 3.2, Fig. 3b), (G, L, D)
         z = encoder.encode(tokens)  # Eq. 6 inside, (G, 1+L, D)
 
         unmixed = unmix(self.decoder.embed(z), sources, n, self.decoder.mask_token)  # Eq. 3, (B, 1+L, Dd)
         pred = self.decoder(unmixed)  # (B, L, P)
-        if self.norm_pix:
-            mean, std = patch_stats(x)
-            x = (x - mean) / std
-        return {"mixed": mixed, "sources": sources, "z": z, "unmixed": unmixed, "pred": pred, "target": x}
+        target = norm_pix(x) if self.norm_pix else x
+        return {"mixed": mixed, "sources": sources, "z": z, "unmixed": unmixed, "pred": pred, "target": target}
 
     def forward(self, images, mask=None):
         """images (B, C, H, W) -> loss (), {"recon": (), and with Eq. 7 "homocon": (), "homocon_floor": ()}."""
@@ -199,7 +197,7 @@ class MixedAE(nn.Module):
         metrics = {"recon": recon.detach()}
         if self.weight:
             with torch.autocast(images.device.type, enabled=False):
-                z = self.projector(out["z"][:, 1:].float())  # patches after the final LayerNorm, (G, L, 128)
+                z = self.projector(out["z"][:, 1:].float())  # after the final [LN] (Table 3b), (G, L, 128)
                 homocon = homologous_contrastive_loss(z, out["sources"], self.tau)  # Eq. 7
             loss = recon + self.weight * homocon  # Eq. 8
             metrics |= {"homocon": homocon.detach(), "homocon_floor": homocon.new_full((), self.homocon_floor)}
@@ -221,13 +219,12 @@ class MixedAE(nn.Module):
         layers = []
         for attention in attentions:
             kept, probabilities = attention.recorded
-            layers.append(sampling_accuracy(probabilities, kept, out["sources"], self.k).item())
+            layers.append(sampling_accuracy(probabilities, kept, out["sources"], self.accuracy_keys).item())
             attention.record, attention.recorded = False, None
 
         patches, pred = patchify(images, p), out["pred"].float()  # (B, L, P)
         if self.norm_pix:
-            mean, std = patch_stats(patches)
-            pred = pred * std + mean
+            pred = undo_norm_pix(pred, patches)
         own = rearrange(indicator(out["sources"], n), "g n l -> (g n) l 1")
         mixed = repeat(denormalize(unpatchify(out["mixed"], grid, p)), "g c h w -> (g n) c h w", n=n)
         palette = torch.tensor([COLOURS[i % len(COLOURS)] for i in range(n)], device=images.device)  # (n, 3)

@@ -1,6 +1,8 @@
 """Masked Autoencoder (MAE): Sec. 3.1 of "Mimic before Reconstruct" (MR-MAE, arXiv 2303.05475), after He et al., arXiv 2111.06377.
 
-Reading order of the project: vit -> **mrmae** -> mixedae -> cae -> data -> train -> finetune (those that exist).
+MR-MAE's own additions (Sec. 3.2 on) are not here yet; the file has its name because plain MAE is where that paper starts.
+
+Reading order of the project: vit -> **mrmae** -> mixedae -> data -> train.
 
 Hide 75 % of the patches of an image, encode the visible quarter alone, let a light decoder rebuild the pixels of the rest:
 
@@ -22,7 +24,8 @@ import torch
 from torch import nn
 
 from data import MEAN, STD, denormalize
-from vit import UserError, build_decoder, build_encoder, pack_encoder, patch_stats, patchify, rename, take, unpatchify, visible_ids
+from vit import (UserError, build_decoder, build_encoder, norm_pix, pack_encoder, patchify, rename, take, undo_norm_pix, unpatchify,
+                 visible_ids)
 
 
 def random_visible(batch, patches, visible, device):
@@ -47,10 +50,9 @@ class MAE(nn.Module):
 
     @staticmethod
     def add_args(parser):
-        parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (MAE, Sec. 3.1: 75 %%)")
+        parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (MR-MAE Sec. 3.1: 75 %%)")
         parser.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                             help="targets normalised patch by patch (MAE's command; losses with and without are not comparable)")
-        parser.set_defaults(beta2=0.95, weight_decay=0.05)  # MAE's AdamW: betas (.9, .95), weight decay .05
 
     def __init__(self, args):
         super().__init__()
@@ -58,9 +60,9 @@ class MAE(nn.Module):
         self.decoder = build_decoder(args, self.encoder)
         self.norm_pix = args.norm_pix
         L = self.encoder.num_patches
-        self.num_visible = int(L * (1 - args.mask_ratio)) if 0 < args.mask_ratio < 1 else 0  # V
-        if not 0 < self.num_visible < L:
+        if not 0 < args.mask_ratio < 1 or not 0 < int(L * (1 - args.mask_ratio)) < L:
             raise UserError(f"--mask-ratio {args.mask_ratio}: of {L} patches at least 1 must stay visible and at least 1 be hidden")
+        self.num_visible = int(L * (1 - args.mask_ratio))  # V
 
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2 (1). images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None to draw one.
@@ -78,14 +80,13 @@ class MAE(nn.Module):
         latent = self.encoder.encode(visible)  # (B, 1+V, D)
 
         y = self.decoder.embed(latent)  # (B, 1+V, Dd)
-        full = self.decoder.mask_token.to(y.dtype).expand(B, L, -1)  # [MASK] everywhere ...
-        full = full.scatter(1, ids.unsqueeze(-1).expand(-1, -1, y.shape[-1]), y[:, 1:])  # ... but at the visible places (B, L, Dd)
+        full = self.decoder.mask_token.to(y.dtype).expand(B, L, -1)  # [MASK] everywhere, then the visible tokens at their places:
+        full = full.scatter(1, ids.unsqueeze(-1).expand(-1, -1, y.shape[-1]), y[:, 1:])  # (B, L, Dd)
         pred = self.decoder(torch.cat([y[:, :1], full], dim=1))  # (B, L, P)
 
         target = patchify(images, self.encoder.patch_size)  # (B, L, P)
         if self.norm_pix:
-            mean, std = patch_stats(target)
-            target = (target - mean) / std
+            target = norm_pix(target)
         return {"latent": latent, "pred": pred, "target": target, "mask": mask}
 
     def forward(self, images, mask=None):
@@ -104,8 +105,7 @@ class MAE(nn.Module):
         out, patches = self.predict(images), patchify(images, self.encoder.patch_size)
         pred, hidden = out["pred"].float(), out["mask"].unsqueeze(-1)  # (B, L, P), (B, L, 1)
         if self.norm_pix:
-            mean, std = patch_stats(patches)
-            pred = pred * std + mean
+            pred = undo_norm_pix(pred, patches)
         panels = patches, patches.masked_fill(hidden, 0), torch.where(hidden, pred, patches)
         return torch.stack([denormalize(unpatchify(x, grid, p)).clamp(0, 1) for x in panels], dim=1), {}
 

@@ -1,6 +1,6 @@
 """Pre-train any of the methods: one loop for one process and for many, on CPU and on CUDA.
 
-Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> **train** -> finetune (those that exist).
+Reading order of the project: vit -> mrmae -> mixedae -> data -> **train**.
 
     python train.py --method mixedae                                   # drawn images, a laptop, no network
     python train.py --method mae --data path/to/images --size base     # any folder
@@ -39,11 +39,14 @@ from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
 from vit import Block, UserError, add_size_args, fill, load_file, resolve_sizes
 
+# A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
+# visualize(images) -> pictures (B, len(panels), 3, H, W), {name: number}; panels, their titles; export() -> what encoder.pt holds.
+# A new one: write its file, add it here.
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
-              "batch_size", "accumulate"}  # may change when a run resumes: they do not shape its result, or only as the global batch
-BAD_STEPS = 10  # as many non-finite steps in a row stop the run
+              "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
+BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -69,21 +72,21 @@ def parse_args(argv=None, base=()):
     add = parser.add_argument_group("training").add_argument
     add("--out", help="the run's folder [runs/METHOD]")
     add("--epochs", type=int, default=3, help="passes over the set (ours; the papers: 300 to 1600)")
-    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; the papers: 40)")
+    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; MAE and MixedAE: 40)")
     add("--batch-size", type=int, default=32, help="clean images per process and micro-step (ours)")
     add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
     add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
     add("--lr", type=float, help=f"absolute learning rate, wins over --blr [{LAPTOP_LR} where neither is given]")
-    add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's; none on biases and one-dimensional parameters")
+    add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9 (MAE's code; MixedAE Sec. 4.1: as MAE)")
+    add("--weight-decay", type=float, default=0.05, help="AdamW's, not on biases and one-dimensional parameters (MAE's code; MixedAE Sec. 4.1: as MAE)")
     add("--seed", type=int, default=0, help="of initialisation, order, augmentation, masks")
     add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published MAE file")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: on CUDA bf16, or fp16 on older cards; on CPU fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a card")
     add("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler on CPU)")
     add("--recompute", action="store_true", help="activation checkpointing: less memory, about a third more time")
-    add("--val-images", type=int, default=512, help="images of the val set for val_loss; 0: none")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps, and at each epoch's end")
+    add("--val-images", type=int, default=512, help="images of the val set for val_loss (ours); 0: none")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps (ours), and at each epoch's end")
     add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
     add_data_args(parser)
@@ -95,11 +98,15 @@ def parse_args(argv=None, base=()):
     for flag, least in dict(epochs=1, batch_size=1, accumulate=1, workers=0, val_images=0, log_every=1, save_every=0, warmup_epochs=0).items():
         if not getattr(args, flag) >= least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-    for flag, value, right in (("lr", args.lr, args.lr is None or 0 < args.lr < math.inf), ("blr", args.blr, args.blr is None or 0 < args.blr < math.inf),
-                               ("beta2", args.beta2, 0 <= args.beta2 < 1), ("weight-decay", args.weight_decay, 0 <= args.weight_decay < math.inf),
-                               ("seed", args.seed, 0 <= args.seed < 2**63)):
-        if not right:
-            parser.error(f"--{flag} {value}: out of range")
+    for flag in ("lr", "blr"):
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
+            parser.error(f"--{flag} {getattr(args, flag)}: out of range, it must be positive")
+    if not 0 <= args.beta2 < 1:
+        parser.error(f"--beta2 {args.beta2}: out of range, 0 <= beta2 < 1")
+    if not 0 <= args.weight_decay < math.inf:
+        parser.error(f"--weight-decay {args.weight_decay}: out of range, it must be at least 0")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: out of range, 0 to 2^63 - 1")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args)
@@ -142,11 +149,11 @@ def autocast(args, device):
 # --------------------------------------------------------------------------------------------------------------------
 # Optimization
 # --------------------------------------------------------------------------------------------------------------------
-def lr_at(epoch, lr, warmup_epochs, epochs, min_lr=0.0):
-    """Learning rate at a fractional epoch: linear from 0 during warm-up, then half a cosine down to min_lr (MAE's schedule)."""
+def lr_at(epoch, lr, warmup_epochs, epochs):
+    """Learning rate at a fractional epoch: linear from 0 during warm-up, then half a cosine down to 0 (MAE's; MixedAE Sec. 4.1)."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
 def build_optimizer(model, args):
@@ -171,24 +178,6 @@ def wrap(model, args, device):
         loss.backward()
         ddp.zero_grad()
     return ddp
-
-
-def forward_backward(model, optimizer, scaler, micro_batches, step, args, device):
-    """Gradients of one optimizer step: uint8 micro-batches -> ({"loss": (), each loss term: (), "grad_norm": ()}), on the device."""
-    optimizer.zero_grad()
-    sums = {}
-    for i, images in enumerate(micro_batches):
-        seed_torch(args.seed, "step", step, i, dist.get_rank())  # masks, mixing and all other draws of this micro-step
-        last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else model.no_sync():
-            with autocast(args, device):
-                loss, metrics = model(normalize(images))
-            scaler.scale(loss / len(micro_batches)).backward()
-        for name, value in {"loss": loss.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0) + value / len(micro_batches)
-    scaler.unscale_(optimizer)
-    sums["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return sums
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,6 +261,7 @@ def build_run(args, length, device):
     torch.manual_seed(args.seed)  # every process starts from the same weights
     model = METHODS[args.method](args).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256
     lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
     return Run(args, device, batches, model, wrap(model, args, device), build_optimizer(model, args), scaler, lr)
 
@@ -282,6 +272,24 @@ def save(run, step, sums):
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
     if run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file)):
         run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
+
+
+def forward_backward(run, micro_batches, step):
+    """Gradients of one optimizer step: uint8 micro-batches -> {"loss": (), each loss term: (), "grad_norm": ()}, on the device."""
+    run.optimizer.zero_grad()
+    sums = {}
+    for i, images in enumerate(micro_batches):
+        seed_torch(run.args.seed, "step", step, i, dist.get_rank())  # masks, mixing and all other draws of this micro-step
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else run.ddp.no_sync():  # processes exchange gradients once a step
+            with autocast(run.args, run.device):
+                loss, metrics = run.ddp(normalize(images))
+            run.scaler.scale(loss / len(micro_batches)).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            sums[name] = sums.get(name, 0) + value / len(micro_batches)
+    run.scaler.unscale_(run.optimizer)
+    sums["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    return sums
 
 
 def mean_over_processes(values, device):
@@ -295,7 +303,7 @@ def optimizer_step(run, micro_batches, step, stop_asked):
     """One step on this process's micro-batches -> (values as floats, finite). A step that is not finite changes no weight."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs)
-    values = forward_backward(run.ddp, run.optimizer, run.scaler, micro_batches, step, run.args, run.device)
+    values = forward_backward(run, micro_batches, step)
     values = mean_over_processes({**values, "stop": float(stop_asked)}, run.device)
     finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
     if finite or run.scaler.is_enabled():  # the scaler skips such a step itself and lowers its scale
@@ -304,18 +312,20 @@ def optimizer_step(run, micro_batches, step, stop_asked):
     return values, finite
 
 
-def eager(args):
-    """Pictures and validation run without torch.compile, whose limit of graphs is for the training step."""
-    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+@contextlib.contextmanager
+def inference(run):
+    """For validation and pictures: autocast as in training, but without torch.compile, whose limit of graphs is for the training step."""
+    stance = torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
+    with torch.no_grad(), stance, autocast(run.args, run.device):
+        yield
 
 
-@torch.no_grad()
 def evaluate(run, images):
     """Mean loss over whole batches of uint8 val images, with the same masks each time; each process takes every world-th batch."""
     size, total = run.args.batch_size, torch.zeros(2, device=run.device)  # sum, count
     for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
         seed_torch(run.args.seed, "val", j)
-        with eager(run.args), autocast(run.args, run.device):
+        with inference(run):
             loss, _ = run.model(normalize(images[j * size :][:size].to(run.device)))
         total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
     dist.all_reduce(total)
@@ -325,7 +335,7 @@ def evaluate(run, images):
 def look(run, images):
     """The method's pictures of at most 64 uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
     seed_torch(run.args.seed, "look")
-    with eager(run.args), autocast(run.args, run.device):
+    with inference(run):
         return run.model.visualize(normalize(images[:64].to(run.device)))
 
 
@@ -392,7 +402,8 @@ def run_steps(run, stream, sums, stop, broken, held_out):
                 panels, _ = look(run, micro_batches[-1] if held_out is None else held_out)
                 folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
             due = epoch_ends or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
-            if folder and (leave or done == run.batches.steps or due and not bad_in_row):
+            must_save = leave or done == run.batches.steps or (due and not bad_in_row)
+            if folder and must_save:
                 save(run, done, meter.sums)
                 saved_at = time.perf_counter()
             if leave:
@@ -438,9 +449,11 @@ def train(args, argv, device):
     farewell(run, done)
     if broken.too_many:
         raise broken.error()
-    if done == batches.steps or folder and folder.failed:
-        return int(bool(folder and folder.failed))
-    return 128 + (stop or [signal.SIGTERM])[0]  # where another process got the signal, its number is not known here
+    if folder and folder.failed:
+        return 1
+    if done == batches.steps:
+        return 0
+    return 128 + (stop[0] if stop else signal.SIGTERM)  # where another process got the signal, its number is not known here
 
 
 def announce(run, held_out):

@@ -1,6 +1,6 @@
 """The Vision Transformer that every method here trains, and the few pieces that several methods share.
 
-Reading order of the project: **vit** -> mrmae -> mixedae -> cae -> data -> train -> finetune (those that exist).
+Reading order of the project: **vit** -> mrmae -> mixedae -> data -> train.
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into it and its own
 weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6), `Attention.topk`, which adds no
@@ -14,6 +14,8 @@ Letters, used in every file:
     L patches           V visible, U hidden patches            N tokens that a block sees (patches + CLS)
     D width             H heads                                K keys that TopK keeps
     C channels          p patch size in pixels                 P = C p p values of a patch
+    Dd decoder width    D_h = D / H, width of a head           (H and W are the image's height and width in (B, C, H, W))
+MixedAE writes P for our p and P^2 C for our P; MR-MAE writes l_v, l_m, C for our V, U, D and p^2 for our P.
 Batch first, tokens last but one, always. A `hidden` mask is True where a patch is hidden, always. Images need not be square.
 """
 import math
@@ -43,8 +45,8 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
     "tiny": (192, 12, 3, 512, 8, 16),  # DeiT
     "small": (384, 12, 6, 512, 8, 16),  # DeiT
     "base": (768, 12, 12, 512, 8, 16),  # ViT; the decoder is MAE's for every size (MixedAE Sec. 4.1)
-    "large": (1024, 24, 16, 512, 8, 16),
-    "huge": (1280, 32, 16, 512, 8, 16),
+    "large": (1024, 24, 16, 512, 8, 16),  # ViT
+    "huge": (1280, 32, 16, 512, 8, 16),  # ViT
 }
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
@@ -58,9 +60,9 @@ def add_size_args(parser):
     group.add_argument("--width", type=int, help="D, width of the encoder")
     group.add_argument("--depth", type=int, help="blocks of the encoder")
     group.add_argument("--heads", type=int, help="attention heads of the encoder; no state dict shows them")
-    group.add_argument("--decoder-width", type=int, help="512 in the papers")
-    group.add_argument("--decoder-depth", type=int, help="8 in the papers")
-    group.add_argument("--decoder-heads", type=int, help="16 in the papers")
+    group.add_argument("--decoder-width", type=int, help="512 in MixedAE Sec. 4.1 and MAE")
+    group.add_argument("--decoder-depth", type=int, help="8 in MixedAE Sec. 4.1 and MR-MAE Sec. 4.1")
+    group.add_argument("--decoder-heads", type=int, help="16 in MAE's code; the papers are silent")
 
 
 def resolve_sizes(args):
@@ -68,9 +70,10 @@ def resolve_sizes(args):
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
-    for flag, value in zip(("patch_size", *SIZE_FLAGS), (args.patch_size, *SIZES[args.size])):
+    for flag, value in zip(SIZE_FLAGS, SIZES[args.size]):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+    for flag in ("patch_size", *SIZE_FLAGS):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
 
@@ -89,12 +92,24 @@ def unpatchify(patches, grid, p):
 
 
 def patch_stats(patches):
-    """Mean and standard deviation of each patch over all its P values: two (B, L, 1), for norm_pix targets.
+    """Mean and standard deviation of each patch over all its P values: two (B, L, 1).
 
     The variance is the unbiased one and 1e-6 stands inside the root, as in MAE: flat patches show the difference.
     """
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
+
+
+def norm_pix(patches):
+    """MAE's normalised targets: each patch (B, L, P) minus its mean, over its standard deviation."""
+    mean, std = patch_stats(patches)
+    return (patches - mean) / std
+
+
+def undo_norm_pix(pred, patches):
+    """Predictions of `norm_pix` targets -> pixels, for pictures: with the true mean and deviation of `patches`, which are not predicted."""
+    mean, std = patch_stats(patches)
+    return pred * std + mean
 
 
 def visible_ids(hidden):
@@ -158,8 +173,8 @@ def keep_topk(scores, k):
 class Attention(nn.Module):
     """Multi-head self-attention; with `topk` = k, the homologous attention of MixedAE Eq. 6.
 
-    record = True keeps, in `recorded`, (kept keys (B, H, N, N) or None where all are kept, probabilities (B, H, N, N)) of
-    the latest forward.
+    With record = True each forward stores `recorded` = (keep, attention), both (B, H, N, N): the kept keys, None in a global layer,
+    and the probabilities.
     """
 
     def __init__(self, dim, heads):
@@ -183,7 +198,8 @@ class Attention(nn.Module):
 
     def explicit(self, q, k, v):
         """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), then the values. q, k, v and result (B, H, N, D_h)."""
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, N, N)
+        scale = q.shape[-1] ** -0.5  # 1 / sqrt(D_h)
+        scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, N)
         keep = None
         if self.topk is not None:
             keep = keep_topk(scores, self.topk)
@@ -393,14 +409,17 @@ def rename(state_dict, pairs):
 
 
 def fill(model, weights, shape, source):
-    """Load weights by name into a model with an `encoder` -> what was filled, in words; a UserError that begins with `source`.
+    """Load weights by name into a model that has an `encoder` -> "the whole model" or "the encoder".
 
-    Weights that name every tensor of the model fill all of it, others the encoder; every tensor of that must be there and fit. shape: what
-    the file says of its encoder (width, heads, image_size ...) or {}. Position tables are resized to the model's grid.
+    If they name every tensor of the model, all are loaded, otherwise the encoder's alone. Each of those must be there and fit: else a
+    UserError that begins with `source`. shape: what the file says of its encoder (width, heads, image_size ...), or {}. Position tables
+    are resized to the model's grid.
     """
     own, config = model.state_dict(), model.encoder.config
-    names = own if own.keys() <= weights.keys() else [name for name in own if name.startswith("encoder.")]
-    wrong = [f"{key} {shape[key]} (here {config[key]})" for key in ("width", "depth", "heads", "patch_size") if shape.get(key, config[key]) != config[key]]
+    whole = own.keys() <= weights.keys()
+    names = [name for name in own if whole or name.startswith("encoder.")]
+    wrong = [f"{key} {shape[key]} (here {config[key]})" for key in ("width", "depth", "heads", "patch_size")
+             if shape.get(key, config[key]) != config[key]]
     wrong += [f"no {name}" for name in names if name not in weights]
     if not wrong:
         for name in (name for name in names if name.endswith("pos_embed")):
@@ -411,7 +430,7 @@ def fill(model, weights, shape, source):
     if wrong:
         raise UserError(f"{source}: does not fit this {type(model).__name__}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
     model.load_state_dict({**own, **{name: weights[name] for name in names}})
-    return "the whole model" if names is own else "the encoder"
+    return "the whole model" if whole else "the encoder"
 
 
 def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
