@@ -234,7 +234,7 @@ class MixedAE(nn.Module):
         return torch.stack(pictures, dim=1).clamp(0, 1), {"accuracy": layers[-1], "accuracy_layers": layers}
 
     def export(self):
-        """What encoder.pt holds: a plain ViT with global attention, segment 0 folded into the patch bias."""
+        """What encoder.pt holds: a plain ViT with global attention, segment 0 (Sec. 3.2) folded into the patch bias."""
         state_dict = dict(self.encoder.state_dict())
         if self.segments is not None:
             state_dict["patch_embed.proj.bias"] = state_dict["patch_embed.proj.bias"] + self.segments[0]

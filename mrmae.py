@@ -29,7 +29,7 @@ from vit import (UserError, build_decoder, build_encoder, norm_pix, pack_encoder
 
 
 def random_visible(batch, patches, visible, device):
-    """Uniformly random masking: the ids (B, V) of the visible patches, sorted. Row by row the first V of a random permutation."""
+    """Uniformly random masking (Sec. 3.1): the ids (B, V) of the visible patches, sorted. Row by row the first V of a random permutation."""
     noise = torch.rand(batch, patches, device=device)  # (B, L)
     return noise.argsort(dim=1)[:, :visible].sort(dim=1).values
 

@@ -157,7 +157,7 @@ def resize_positions(table, old_grid, new_grid):
 # Blocks
 # --------------------------------------------------------------------------------------------------------------------
 def keep_topk(scores, k):
-    """Which keys a query may see in homologous attention (MixedAE Sec. 3.2): scores (B, H, N, N) -> bool, True = kept.
+    """TopK of MixedAE Eq. 6 (Sec. 3.2), the keys that a query may see: scores (B, H, N, N) -> bool, True = kept.
 
     Token 0 is CLS. "Each query *patch*" keeps exactly the k key *patches* of the highest scores; the CLS key is always kept
     and not counted, and the CLS query sees all. Indices are scattered, because a threshold would keep more than k where scores
