@@ -36,6 +36,8 @@ from vit import UserError
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for every set
 STD = (0.229, 0.224, 0.225)
+COLOURS = [(0.90, 0.30, 0.24), (0.20, 0.60, 0.86), (0.95, 0.77, 0.06), (0.18, 0.80, 0.44),  # of images, runs, layers in pictures
+           (0.61, 0.35, 0.71), (0.90, 0.49, 0.13), (0.10, 0.74, 0.61), (0.50, 0.55, 0.55)]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -76,12 +78,11 @@ def decode(path):
     JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, and what it cannot read, to PIL.
     (On damaged PNGs torchvision's decoder can take the process with it.)
     """
-    with open(path, "rb") as file:
-        jpeg = file.read(2) == b"\xff\xd8"
-    if jpeg:
+    data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    if data[:2].tolist() == [0xFF, 0xD8]:  # a JPEG
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError):
             warnings.simplefilter("ignore", DeprecationWarning)
-            return torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+            return torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # PIL would clip 16 bits to white
@@ -202,6 +203,15 @@ class Shapes:
         return first + wave[..., None] * (second - first)
 
 
+def object_awareness(maps, masks):
+    """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the image that the object covers.
+
+    maps (B, h, w), each with the sum 1; masks bool (B, H, W) -> two floats. An encoder that looks everywhere alike has equal shares.
+    """
+    area = torch.nn.functional.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # the object's share of each patch, (B, h, w)
+    return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # --data: from a word to sets
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,6 +224,8 @@ def add_data_args(parser):
     group.add_argument("--data", default="shapes", help=f"a set ({', '.join(NAMES)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
+    group.add_argument("--augment", choices=("none", "fixed-crop", "random-crop", "color-jitter"), default="random-crop",
+                       help="nothing; crop of fixed size, flip; crop of random size, flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)")
     group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),
                        help="share of the image that a random crop covers (MAE: .2 to 1)")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
@@ -280,14 +292,6 @@ def open_sets(args):
 # --------------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------------------------
-def train_transform(args):
-    """MAE's augmentation, and MixedAE's (Sec. 4.1: "random cropping and flipping"), on uint8 tensors: resized crop (bicubic) and flip."""
-    return v2.Compose([
-        v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-        v2.RandomHorizontalFlip(),
-    ])
-
-
 class FitTo:
     """The largest centred crop of the asked aspect ratio, resized (bicubic) to image_size: uint8 (3, h, w) -> (3, H, W)."""
 
@@ -299,6 +303,20 @@ class FitTo:
         scale = min(h / H, w / W)
         image = v2.functional.center_crop(image, [round(H * scale), round(W * scale)])
         return v2.functional.resize(image, self.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def train_transform(args):
+    """--augment (MAE Table 1e), on uint8 tensors: "random-crop" is MAE's and MixedAE's own (Sec. 4.1: "random cropping and flipping")."""
+    bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    if args.augment == "none":
+        return FitTo(args.image_size)
+    if args.augment == "fixed-crop":  # 224 of 256, in proportion
+        crop = [v2.Resize(round(max(args.image_size) * 256 / 224), **bicubic), v2.RandomCrop(args.image_size)]
+    else:
+        crop = [v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, **bicubic)]
+    # The strengths are MoCo v2's; MAE gives none.
+    jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)] if args.augment == "color-jitter" else []
+    return v2.Compose([*crop, v2.RandomHorizontalFlip(), *jitter])
 
 
 class Samples(torch.utils.data.Dataset):
@@ -402,27 +420,86 @@ class BrokenImages:
 
 
 def some_images(dataset, image_size, count):
-    """`count` images of a set in a fixed random order (its files are sorted by class), centred, uint8 (count, 3, H, W)."""
+    """`count` images of a set in a fixed random order (its files are sorted by class), centred -> uint8 (count, 3, H, W), and of
+    `shapes` the objects' masks, bool (count, H, W), else None."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
     samples = Samples(dataset, FitTo(image_size), seed=0)  # broken ones are replaced
     images, _, names = collate([samples[0, i] for i in order])
     BrokenImages().count(images, names)
-    return images
+    masks = torch.stack([dataset.draw(i)["mask"] for i in order]) if isinstance(dataset, Shapes) else None
+    return images, masks
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------------------------
+NOT_CHARTED = {"step", "epoch", "lr", "images_per_s", "data_wait", "memory_mb"}
+LEVELS = {"homocon_floor": "homocon", "object_area": "object_attention"}  # drawn in the chart of the other, to compare with
+
+
+def heat_map(maps, images):
+    """maps (B, h, w), not negative, over images (B, 3, H, W) in [0, 1]: black-red-yellow-white heat on the dimmed grey image, (B, 3, H, W)."""
+    heat = maps / maps.amax(dim=(1, 2), keepdim=True)  # (B, h, w) in [0, 1]
+    heat = v2.functional.resize(heat, images.shape[-2:], interpolation=v2.InterpolationMode.NEAREST).unsqueeze(1)  # (B, 1, H, W)
+    hot = (3 * heat - torch.arange(3, device=heat.device).view(3, 1, 1)).clamp(0, 1)  # (B, 3, H, W)
+    return 0.35 * images.mean(dim=1, keepdim=True) + 0.65 * hot
+
+
 def picture_sheet(panels, titles):
     """panels (B, k, 3, H, W) in [0, 1] -> one PIL image: a row per image, a titled column per panel, enlarged if small."""
     zoom = max(1, round(128 / panels.shape[-2]))
     panels = panels.cpu().repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     grid = v2.functional.to_pil_image(make_grid(panels.flatten(0, 1), nrow=panels.shape[1], padding=4, pad_value=1))
-    sheet = Image.new("RGB", (grid.width, grid.height + 16), "white")
-    sheet.paste(grid, (0, 16))
+    head = 4 + 15 * max(title.count("\n") + 1 for title in titles)
+    sheet = Image.new("RGB", (grid.width, grid.height + head), "white")
+    sheet.paste(grid, (0, head))
     for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((4 + i * (panels.shape[-1] + 4), 3), title, fill="black")
+        ImageDraw.Draw(sheet).text((4 + i * (panels.shape[-1] + 4), 2), title, fill="black")
     return sheet
+
+
+def line_chart(title, lines):
+    """lines {name: [(x, y), ...]} -> a PIL image with the extremes of both axes and a legend."""
+    width, height, left, top, bottom = 420, 260, 50, 40, 234
+    chart = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(chart)
+    xs, ys = (np.array(axis) for axis in zip(*(point for line in lines.values() for point in line)))
+    (x0, x_span), (y0, y_span) = ((v.min(), max(np.ptp(v), 1e-9)) for v in (xs, ys))
+
+    def place(x, y):
+        return left + (x - x0) / x_span * (width - left - 15), bottom - (y - y0) / y_span * (bottom - top)
+
+    draw.text((left, 4), title, fill="black")
+    for part in (0, 0.5, 1):
+        x, y = x0 + part * x_span, y0 + part * y_span
+        draw.line([place(x0, y), place(x0 + x_span, y)], fill="lightgrey")
+        draw.text((left - 6, place(x0, y)[1]), f"{y:.3g}", fill="black", anchor="rm")
+        draw.text((place(x, y0)[0], bottom + 6), f"{x:.3g}", fill="black", anchor="ma")
+    for i, (name, line) in enumerate(lines.items()):
+        colour = tuple(int(255 * c) for c in COLOURS[i % len(COLOURS)])
+        draw.line([place(*point) for point in line], fill=colour, width=2)
+        draw.text((left + i * (width - left) / len(lines), 20), name, fill=colour)
+    return chart
+
+
+def curves(folders):
+    """The log.jsonl of one run folder or of several, to compare them -> one PIL image: a chart against the epoch for each number of
+    the rows, and one against the layer for each list, as the last row has it. None if there are fewer than two rows."""
+    charts = {}  # title -> {line: [(x, y), ...]}
+    for folder in map(Path, folders):
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for row in rows if len(rows) > 1 else ():
+            for name in row.keys() - NOT_CHARTED:
+                title = LEVELS.get(name, name)
+                label = folder.name if title == name else name
+                if isinstance(row[name], list):
+                    charts.setdefault(f"{name}, last row, against the layer", {})[label] = list(enumerate(row[name], start=1))
+                elif math.isfinite(row[name]):
+                    charts.setdefault(f"{title} against the epoch", {}).setdefault(label, []).append((row["epoch"], row[name]))
+    if not charts:
+        return None
+    tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title])) for title in sorted(charts)]
+    return v2.functional.to_pil_image(make_grid(tiles, nrow=3))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -492,6 +569,9 @@ class RunFolder:
         facts = {**vars(args), "torch": torch.__version__, "command": shlex.join([Path(sys.argv[0]).name, *argv]), "commit": commit}
         self.write("args.json", lambda file: file.write(json.dumps(facts, indent=1).encode()))
 
-    def picture(self, name, panels, titles):
-        sheet = picture_sheet(panels, titles)
-        self.write(f"pictures/{name}", lambda file: sheet.save(file, "PNG"))
+    def curves(self):
+        if chart := curves([self.path]):
+            self.picture("curves.png", chart)
+
+    def picture(self, name, image):
+        self.write(f"pictures/{name}", lambda file: image.save(file, "PNG"))

@@ -6,6 +6,7 @@ Reading order of the project: vit -> mrmae -> mixedae -> data -> **train**.
     python train.py --method mae --data path/to/images --size base     # any folder
     torchrun --nproc_per_node=8 train.py --method mixedae ...          # the same lines, 8 processes
     python train.py --method mixedae -h                                # the flags of a method, with their defaults
+    python train.py --method mixedae --out runs/mixedae --draw a.jpg b.jpg c.jpg d.jpg      # a run's pictures of these images
 
 A run lives in its folder (--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt, pictures/. The same
 command again resumes it; on CPU, with the same number of processes, the result is bit for bit that of a run never stopped.
@@ -33,11 +34,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, loader, normalize, open_sets, seed_torch, some_images,
-                  train_transform)
+from data import (Batches, BrokenImages, FitTo, RunFolder, Samples, add_data_args, decode, heat_map, loader, normalize,
+                  object_awareness, open_sets, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
-from vit import Block, UserError, add_size_args, fill, load_file, resolve_sizes
+from vit import Block, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (B, len(panels), 3, H, W), {name: number}; panels, their titles; export() -> what encoder.pt holds.
@@ -45,7 +46,7 @@ from vit import Block, UserError, add_size_args, fill, load_file, resolve_sizes
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
-              "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
+              "draw", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
 BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
 
 
@@ -89,6 +90,7 @@ def parse_args(argv=None, base=()):
     add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps (ours), and at each epoch's end")
     add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
+    add("--draw", nargs="+", metavar="IMAGE", help="draw pictures of these images with the run in --out, and stop")
     add_data_args(parser)
     add_size_args(parser)
     METHODS[method].add_args(parser)
@@ -196,6 +198,16 @@ def load_weights(model, path):
     return fill(model, weights, shape, f"--init {path}")
 
 
+def load_checkpoint(path, args):
+    """checkpoint.pt as `save` wrote it, of the same method as `args`."""
+    saved = load_file(path)
+    if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
+        raise UserError(f"{path}: not a checkpoint of train.py; move it away or choose another --out")
+    if saved["args"]["method"] != args.method:
+        raise UserError(f"{path} was made with --method {saved['args']['method']} (now {args.method}); use that, or another --out")
+    return saved
+
+
 def resume(run):
     """checkpoint.pt into the run, or the weights of --init if there is none yet -> the sums of the unfinished log interval."""
     path = Path(run.args.out) / "checkpoint.pt"
@@ -205,15 +217,11 @@ def resume(run):
             if run.folder:
                 print(f"--init {run.args.init}: fills {filled}")
         return {}
-    saved = load_file(path)
-    if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
-        raise UserError(f"{path}: not a checkpoint of train.py; move it away or choose another --out")
+    saved = load_checkpoint(path, run.args)
     then = {**saved["args"], "global batch": saved["global_batch"]}
     now = {**vars(run.args), "global batch": run.batches.global_batch}
     changed = [f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
                for key in sorted((then.keys() | now.keys()) - FREE_FLAGS) if then.get(key) != now.get(key)]
-    if saved["args"]["method"] != run.args.method:
-        changed = [f"method {saved['args']['method']} (now {run.args.method})"]
     if changed:
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new run")
     run.model.load_state_dict(saved["model"])
@@ -333,10 +341,27 @@ def evaluate(run, images):
 
 
 def look(run, images):
-    """The method's pictures of at most 64 uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
+    """The method's pictures of uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
     seed_torch(run.args.seed, "look")
     with inference(run):
-        return run.model.visualize(normalize(images[:64].to(run.device)))
+        return run.model.visualize(normalize(images.to(run.device)))
+
+
+def illustrate(run, images, masks=None):
+    """The method's pictures of the first 64 uint8 images (B, 3, H, W) and, as a last panel, where the CLS token of the encoder that
+    transfers looks on clean images (MixedAE Fig. 5) -> panels (B, k, 3, H, W), their titles, numbers.
+
+    masks: of the objects on the images, bool (B, H, W); then the numbers say how much of that attention falls on them.
+    """
+    panels, numbers = look(run, images[:64])
+    encoder = unpack_encoder(run.model.export())[0].to(run.device)
+    batches = (images if masks is not None else images[:64]).split(run.args.batch_size)
+    maps = torch.cat([cls_attention(encoder, normalize(batch.to(run.device))) for batch in batches]).cpu()  # (B, h, w)
+    if masks is not None:
+        numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
+    shown = images[: len(panels)].cpu() / 255
+    heat = heat_map(maps[: len(panels)], shown).unsqueeze(1)  # (B, 1, 3, H, W)
+    return torch.cat([panels.cpu(), heat], dim=1), [*run.model.panels, "attention of CLS,\nlast layer"], numbers
 
 
 class Meter:
@@ -357,10 +382,22 @@ class Meter:
                 "memory_mb": peak_memory_mb(run.device)}
 
 
+def end_epoch(run, row, images, masks=None):
+    """Rank 0 at the end of an epoch: the pictures, the last log row, and both told."""
+    epoch = round(row["epoch"])
+    panels, titles, numbers = illustrate(run, images, masks)
+    row = {**numbers, **row}
+    run.folder.picture(f"epoch-{epoch:04d}.png", picture_sheet(panels[:8], titles))
+    run.folder.log(row)
+    run.folder.curves()
+    shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
+    tqdm.write(f"epoch {epoch}/{run.args.epochs}: {', '.join(shown)}")
+
+
 def run_steps(run, stream, sums, stop, broken, held_out):
     """The loop: the steps from run.batches.start on, with the batches of `stream` -> steps done.
 
-    sums: totals of a log interval that a stop cut in two. stop: a list, empty until a signal comes. held_out: uint8 val images, or None.
+    sums: totals of a log interval that a stop cut in two. stop: a list, empty until a signal comes. held_out: (uint8 val images, masks or None), or None.
     """
     args, folder, start = run.args, run.folder, run.batches.start
     meter, bad_in_row, saved_at = Meter(start, sums), 0, time.perf_counter()
@@ -388,19 +425,16 @@ def run_steps(run, stream, sums, stop, broken, held_out):
             epoch_ends = done % run.batches.steps_per_epoch == 0
             if (done % args.log_every == 0 or epoch_ends) and meter.sums:
                 row = meter.row(run, done)
-                if epoch_ends and held_out is not None:
-                    row["val_loss"] = evaluate(run, held_out)
+                if epoch_ends and held_out:
+                    row["val_loss"] = evaluate(run, held_out[0])
                 if folder:
-                    row |= look(run, micro_batches[-1])[1]
-                    folder.log(row)
+                    row |= look(run, micro_batches[-1][:64])[1]
                     bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
                     if epoch_ends:
-                        shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
-                        tqdm.write(f"epoch {done // run.batches.steps_per_epoch}/{args.epochs}: {', '.join(shown)}")
+                        end_epoch(run, row, *(held_out or micro_batches[-1:]))
+                    else:
+                        folder.log(row)
                 meter = Meter(done)
-            if folder and epoch_ends:
-                panels, _ = look(run, micro_batches[-1] if held_out is None else held_out)
-                folder.picture(f"epoch-{done // run.batches.steps_per_epoch:04d}.png", panels[:8], run.model.panels)
             due = epoch_ends or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
             must_save = leave or done == run.batches.steps or (due and not bad_in_row)
             if folder and must_save:
@@ -460,7 +494,7 @@ def announce(run, held_out):
     """What is about to run, with the numbers that users ask for first."""
     args, batches, world = run.args, run.batches, dist.get_world_size()
     precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
-    val = "no val set of a batch or more, so no val_loss" if held_out is None else f"val_loss on {len(held_out)} images"
+    val = "no val set of a batch or more, so no val_loss" if held_out is None else f"val_loss on {len(held_out[0])} images"
     rule = "--lr" if args.lr else f"blr {args.blr:g} x {batches.global_batch} / 256" if args.blr else "our default"
     print(f"{args.method}: {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f} M parameters, {precision}, {world} x {run.device}\n"
           f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = {batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
@@ -478,6 +512,31 @@ def farewell(run, done):
     other = "mae" if args.method != "mae" else "mixedae"
     print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds encoder.pt (what transfers), checkpoint.pt, "
           f"log.jsonl and pictures/. To compare: python train.py --method {other} --data {args.data}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# --draw
+# --------------------------------------------------------------------------------------------------------------------
+def draw(args, argv, device):
+    """--draw: the pictures of a run, as at the end of an epoch, for given images; a run that is going on is not disturbed."""
+    out = Path(args.out)
+    saved = load_checkpoint(out / "checkpoint.pt", args)
+    run = build_run(argparse.Namespace(**{**saved["args"], "compile": False}), saved["global_batch"] * dist.get_world_size(), device)
+    run.model.load_state_dict(saved["model"])
+    images = []
+    for file in args.draw:
+        try:
+            images.append(FitTo(run.args.image_size)(decode(file)))
+        except Exception as error:  # bad files make PIL and torchvision raise all kinds
+            raise UserError(f"--draw {file}: cannot be read as an image ({(str(error) or 'it is empty').splitlines()[0]})") from None
+    panels, titles, numbers = illustrate(run, torch.stack(images))
+    if len(panels) < len(images):
+        raise UserError(f"--draw: {len(images)} images, of which the last {len(images) - len(panels)} make no whole group; give {len(panels)}, or 64 at most")
+    if dist.get_rank() == 0:
+        path = out / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
+        picture_sheet(panels, titles).save(path)
+        print(f"{path}: step {saved['step']}{''.join(f', {name} {value:.4g}' for name, value in numbers.items() if isinstance(value, float))}", flush=True)
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -535,7 +594,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         device = start_processes(args)
-        code = (train if args.benchmark is None else benchmark)(args, argv, device)
+        code = (draw if args.draw else benchmark if args.benchmark is not None else train)(args, argv, device)
         gc.collect()  # the DDP module goes before its process group, or gloo aborts now and then
         dist.barrier()
     except UserError as error:

@@ -156,17 +156,17 @@ def resize_positions(table, old_grid, new_grid):
 # --------------------------------------------------------------------------------------------------------------------
 # Blocks
 # --------------------------------------------------------------------------------------------------------------------
-def keep_topk(scores, k):
+def keep_topk(scores, k, cls_in_topk=False):
     """TopK of MixedAE Eq. 6 (Sec. 3.2), the keys that a query may see: scores (B, H, N, N) -> bool, True = kept.
 
     Token 0 is CLS. "Each query *patch*" keeps exactly the k key *patches* of the highest scores; the CLS key is always kept
-    and not counted, and the CLS query sees all. Indices are scattered, because a threshold would keep more than k where scores
-    tie, as they often do in bf16. The choice has no gradient.
+    and not counted, and the CLS query sees all. With cls_in_topk every row keeps exactly k of all N keys. Indices are scattered,
+    because a threshold would keep more than k where scores tie, as they often do in bf16. The choice has no gradient.
     """
-    scores = scores.detach()
+    first = 0 if cls_in_topk else 1
     keep = torch.ones_like(scores, dtype=torch.bool)  # CLS row and column stay True
-    best = scores[..., 1:, 1:].topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
-    keep[..., 1:, 1:] = torch.zeros_like(keep[..., 1:, 1:]).scatter_(-1, best, True)
+    best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
+    keep[..., first:, first:] = torch.zeros_like(keep[..., first:, first:]).scatter_(-1, best, True)
     return keep
 
 
@@ -183,6 +183,7 @@ class Attention(nn.Module):
             raise UserError(f"width {dim} is not a multiple of {heads} heads")
         self.heads = heads
         self.topk = None  # K, or None for global attention
+        self.cls_in_topk = False
         self.record = False
         self.recorded = None
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -202,7 +203,7 @@ class Attention(nn.Module):
         scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, N)
         keep = None
         if self.topk is not None:
-            keep = keep_topk(scores, self.topk)
+            keep = keep_topk(scores, self.topk, self.cls_in_topk)
             scores = scores.masked_fill(~keep, float("-inf"))
         attention = scores.softmax(dim=-1)
         if self.record:
@@ -340,8 +341,19 @@ class ViT(nn.Module):
         h = images.shape[-2] // self.patch_size
         out = {"cls": x[:, :1], "patches": x[:, 1:], "taps": [rearrange(t[:, 1:], "b (h w) d -> b d h w", h=h) for t in tapped.values()]}
         if attention:
-            out["attention"] = last.recorded[1]
+            out["attention"], last.recorded = last.recorded[1], None
         return out
+
+
+@torch.no_grad()
+def cls_attention(encoder, images):
+    """Where CLS looks (MixedAE Fig. 5): attention of the last block, mean over heads, CLS as the query and the patches as keys.
+
+    images (B, C, H, W) normalised -> (B, h, w); the CLS key is dropped, so each map is divided by its sum.
+    """
+    attention = encoder.features(images, attention=True)["attention"]  # (B, H, N, N)
+    patches = attention.float().mean(dim=1)[:, 0, 1:]  # (B, L)
+    return rearrange(patches / patches.sum(dim=1, keepdim=True), "b (h w) -> b h w", h=images.shape[-2] // encoder.patch_size)
 
 
 class Decoder(nn.Module):

@@ -1,4 +1,5 @@
 """Data: every kind of image, broken ones, folders and lists, drawn shapes, and randomness without state."""
+import json
 import shutil
 
 import numpy as np
@@ -189,13 +190,78 @@ def test_batches_are_contiguous_slices_of_one_order():
 
 def test_held_out_images_are_always_the_same_and_of_all_classes(folder):
     dataset = data.open_folder(folder / "train")  # sorted by class
-    images = data.some_images(dataset, (20, 20), 8)
-    assert torch.equal(images, data.some_images(dataset, (20, 20), 8))
+    images, masks = data.some_images(dataset, (20, 20), 8)
+    assert torch.equal(images, data.some_images(dataset, (20, 20), 8)[0]) and masks is None
     labels = [label for image in images for other, label in (dataset[i] for i in range(40)) if torch.equal(image, other)]
     assert len(labels) == 8 and set(labels) == {0, 1}
+    shapes = data.Shapes((16, 24), "val", 20)
+    images, masks = data.some_images(shapes, (16, 24), 5)
+    drawn = {tuple(shapes.draw(i)["image"].flatten().tolist()): shapes.draw(i)["mask"] for i in range(20)}
+    assert all(torch.equal(drawn[tuple(image.flatten().tolist())], mask) for image, mask in zip(images, masks))
+
+
+def test_object_awareness_is_the_attention_that_falls_on_the_object():
+    masks = torch.zeros(2, 4, 8, dtype=torch.bool)
+    masks[0, :2, :4] = True  # one of eight 2 x 2 patches fully and its right neighbour
+    masks[1, 0, 0] = True  # a quarter of the first patch
+    maps = torch.zeros(2, 2, 4)
+    maps[0, 0, 0], maps[0, 1, 3], maps[1, 0, 0] = 0.75, 0.25, 1.0
+    attention, area = data.object_awareness(maps, masks)
+    assert attention == pytest.approx((0.75 + 0.25) / 2) and area == pytest.approx((8 / 32 + 1 / 32) / 2)
+    attention, area = data.object_awareness(torch.full((2, 2, 4), 1 / 8), masks)
+    assert attention == pytest.approx(area)  # who looks everywhere alike
+
+
+@pytest.mark.parametrize("flags, crops, jitters", [("none", False, False), ("fixed-crop", True, False), ("random-crop", True, False), ("color-jitter", True, True)])
+def test_augment(flags, crops, jitters):
+    transform = data.train_transform(train.parse_args(["--augment", flags, "--image-size", "32", "48"]))
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(90), indexing="ij")
+    image = torch.stack([2 * x, 3 * y, 0 * x + 128]).to(torch.uint8)  # red: where across, green: where down, blue: a colour that no crop changes
+    views = []
+    for seed in range(20):
+        data.seed_torch(seed)
+        views.append(transform(image))
+    assert all(view.shape == (3, 32, 48) and view.dtype == torch.uint8 for view in views)
+    assert any(not torch.equal(view, views[0]) for view in views) == crops
+    assert any((view[2] != 128).any() for view in views) == jitters
+    across = [abs(int(view[0, 16, 40]) - int(view[0, 16, 8])) for view in views]  # red over 32 columns: the zoom
+    if flags in ("none", "fixed-crop"):  # one size: 90 columns to 48; or 60 rows to 55 = 48 x 8 / 7
+        assert all(abs(step - 32 * 2 * (90 / 48 if flags == "none" else 60 / 55)) <= 3 for step in across), across
+    else:
+        assert max(across) - min(across) > 10
+    assert len({bool(view[0, 16, 40] > view[0, 16, 8]) for view in views}) == (1 if flags == "none" else 2)  # flipped
+
+
+def test_heat_is_white_at_the_maximum_and_dark_where_nothing_is():
+    maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]])
+    heat = data.heat_map(maps, torch.zeros(1, 3, 8, 8))
+    assert heat.shape == (1, 3, 8, 8) and (heat[0, :, :4, :4] == 0).all()
+    assert torch.allclose(heat[0, :, :4, 4:], torch.tensor(0.65)) and (heat[0, 0] >= heat[0, 2]).all()
+
+
+def test_curves_compare_runs(tmp_path):
+    for name, values in (("a", (1.0, 0.5, 0.2)), ("b", (0.9, 0.8, 0.7))):
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "epoch": i / 2, "lr": 0.1, "loss": value, "accuracy_layers": [0.2, value]} for i, value in enumerate(values)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, both = (np.array(data.curves(folders)) for folders in ([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"]))
+    assert one.shape == both.shape and one.shape[1] > 2 * 400  # a chart for the loss, one for the layers; no chart for step, epoch, lr
+    red, blue = (tuple(int(255 * c) for c in data.COLOURS[i]) for i in (0, 1))
+    assert (one == red).all(-1).any() and not (one == blue).all(-1).any()
+    assert (both == red).all(-1).any() and (both == blue).all(-1).any()
+    (tmp_path / "a" / "log.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 1.0}) + "\n")
+    assert data.curves([tmp_path / "a"]) is None
+
+
+def test_a_line_goes_through_its_points():
+    chart = np.array(data.line_chart("t", {"rise": [(0, 0.0), (1, 1.0)], "fall": [(0, 1.0), (1, 0.0)]}))
+    for colour, sign in ((data.COLOURS[0], -1), (data.COLOURS[1], 1)):
+        rows, columns = (chart[40:] == [int(255 * c) for c in colour]).all(-1).nonzero()
+        slope = np.polyfit(columns, rows, 1)[0]
+        assert np.sign(slope) == sign and np.ptp(columns) > 300 and np.ptp(rows) > 150
 
 
 def test_pictures_are_titled_and_hold_the_panels():
-    sheet = data.picture_sheet(torch.rand(2, 3, 3, 64, 64), ("a", "b", "c"))
-    pixels = np.array(sheet)
-    assert pixels.shape == (16 + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:16] < 128).any()
+    for titles, head in ((("a", "b", "c"), 19), (("a", "b\nsecond line", "c"), 34)):
+        pixels = np.array(data.picture_sheet(torch.rand(2, 3, 3, 64, 64), titles))
+        assert pixels.shape == (head + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:head] < 128).any()

@@ -1,5 +1,8 @@
 """MixedAE: each equation against a slow second version, and the facts of the paper."""
+import itertools
 import math
+import re
+import shlex
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch.testing import assert_close
 
 import mixedae
 import vit
-from conftest import build, randomize
+from conftest import ROOT, build, randomize
 from vit import UserError
 
 
@@ -69,14 +72,70 @@ def test_eq_7_with_loops_and_its_floor():
     assert_close(model(torch.randn(8, 3, 16, 16))[1]["homocon_floor"], torch.tensor(math.log(16 // 4 - 1)))
 
 
+def test_eq_7_with_the_mean_positive_of_table_3c():
+    z, sources, tau = torch.randn(2, 8, 5), sources_of(2, 2, 8), 0.25
+    total = 0.0
+    for j in range(2):
+        for l in range(8):
+            mean = torch.stack([z[j, k] for k in range(8) if sources[j, k] == sources[j, l]]).mean(0)  # l itself among them
+            cos = [torch.nn.functional.cosine_similarity(z[j, l], other, dim=0) for other in (mean, *(z[j, k] for k in range(8) if k != l))]
+            total += (-cos[0] / tau + torch.stack(cos[1:]).div(tau).logsumexp(0)) / 8 / 2
+    assert_close(mixedae.homologous_contrastive_loss(z, sources, tau, "mean"), total)
+
+
+def test_eq_7_before_or_after_the_final_norm():
+    """Table 3b. What Eq. 7 sees is the last block's output, with or without encoder.norm."""
+    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    for position in ("pre-ln", "post-ln"):
+        model, seen = randomize(build("mixedae", "--homocon-position", position)), {}
+        model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.update(last=output))
+        model.projector.register_forward_hook(lambda module, inputs, output: seen.update(features=inputs[0]))
+        model(images, sources)
+        expected = seen["last"] if position == "pre-ln" else model.encoder.norm(seen["last"])
+        assert_close(seen["features"], expected[:, 1:])
+
+
+def mutual_information(joint):
+    """I(A; B) in bits of a joint distribution {(a, b): probability}."""
+    a, b = {}, {}
+    for (x, y), p in joint.items():
+        a[x], b[y] = a.get(x, 0) + p, b.get(y, 0) + p
+    return sum(p * math.log2(p / a[x] / b[y]) for (x, y), p in joint.items() if p)
+
+
+def eq_5(dependence, known):
+    """Both sides of Eq. 5, exactly: images of two patches, each patch 1 or 2; X_2 copies X_1 with probability `dependence`; r = .5.
+
+    known: given M, I(mix; X_1 | M) against I(MAE; X_1 | M); else M is hidden from the mix, while MAE's zeros still show it.
+    """
+    images, masks, mixing, masking = list(itertools.product((1, 2), repeat=2)), [(1, 2), (2, 1)], {}, {}
+    for x1, x2, M in itertools.product(images, images, masks):
+        p = (dependence * (x1 == x2) + (1 - dependence) / 4) / 4 / len(masks)
+        seen = tuple(x1[l] if M[l] == 1 else x2[l] for l in range(2)), tuple(x1[l] if M[l] == 1 else 0 for l in range(2))
+        for joint, what in zip((mixing, masking), seen):
+            key = ((what, M) if known else what, x1)
+            joint[key] = joint.get(key, 0) + p
+    return mutual_information(mixing), mutual_information(masking)
+
+
+def test_eq_5_mixing_raises_the_mutual_information_if_images_share_something():
+    """Eq. 5: I(mix(X_1, X_2, M); X_1) >= I(MAE(X_1, M); X_1). M is independent of X_1, so I(. , M; X_1) = I(. ; X_1 | M)."""
+    mixing, masking = eq_5(dependence=0, known=True)
+    assert mixing == pytest.approx(1) and masking == pytest.approx(1)  # one of two bits: equality for independent images
+    mixing, masking = eq_5(dependence=0.5, known=True)
+    assert mixing > masking + 0.1 and masking == pytest.approx(1)  # strict for dependent ones
+    mixing, masking = eq_5(dependence=0, known=False)
+    assert mixing < masking - 0.1  # no theorem when M is hidden: the mix does not say whose patch is whose
+
+
 def test_eq_8_adds_the_losses_with_lambda():
-    model = randomize(build("mixedae", "--homocon-weight", 0.3))
+    model = randomize(build("mixedae", "--homocon-weight", 0.3, "--recon-weight", 0.7))
     images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
     loss, metrics = model(images, sources)
     out = model.predict(images, sources)
     recon = mixedae.reconstruction_loss(out["pred"], out["target"], sources)
     homocon = mixedae.homologous_contrastive_loss(model.projector(out["z"][:, 1:]), sources, 0.25)
-    assert_close(loss, recon + 0.3 * homocon)
+    assert_close(loss, 0.7 * recon + 0.3 * homocon)
     assert_close(metrics["recon"], recon.detach())
     assert_close(metrics["homocon"], homocon.detach())
 
@@ -101,6 +160,29 @@ def test_predict_is_the_papers_figure():
     assert out["pred"].shape == (8, 16, 48) and out["z"].shape == (2, 17, 32)
 
 
+def test_full_mode_is_compose_mode_on_each_group_once_for_each_of_its_masks():
+    full, compose = build("mixedae", "--mixing-mode", "full"), build("mixedae")
+    full.load_state_dict(randomize(compose).state_dict())
+    images, sources = torch.randn(8, 3, 16, 16), sources_of(8).view(2, 4, 16)  # 2 groups, 4 masks each
+    out = full.predict(images, sources)
+    assert out["mixed"].shape == (8, 16, 48) and out["z"].shape == (8, 17, 32) and torch.equal(out["sources"], sources)
+    for name in ("unmixed", "pred", "target"):
+        assert len(out[name]) == 32  # n B
+    losses = []
+    for m in range(4):
+        one = compose.predict(images, sources[:, m])
+        for g in range(2):
+            assert_close(out["mixed"].view(2, 4, 16, 48)[g, m], one["mixed"][g])
+            assert_close(out["z"].view(2, 4, 17, 32)[g, m], one["z"][g])
+            for name in ("unmixed", "pred", "target"):  # rows: group, mask, source
+                assert_close(out[name].unflatten(0, (2, 4, 4))[g, m], one[name].unflatten(0, (2, 4))[g])
+        losses.append(compose(images, sources[:, m])[0])
+    assert_close(full(images, sources)[0], torch.stack(losses).mean())
+    drawn = full.predict(images)["sources"]
+    assert drawn.shape == (2, 4, 16) and all((drawn == i).sum(-1).eq(4).all() for i in range(4))
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])  # independent masks
+
+
 def test_homologous_attention_in_all_but_the_first_layers_of_the_encoder_alone():
     model = build("mixedae", "--depth", 4, "--global-layers", 2, "--topk", 0.5)
     assert [block.attn.topk for block in model.encoder.blocks] == [None, None, 8, 8]
@@ -115,7 +197,7 @@ def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
     same = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
     same[:, 0, 1:, 1:] = sources.unsqueeze(1) == sources.unsqueeze(2)
     same[:, :, 0] = True
-    monkeypatch.setattr(vit, "keep_topk", lambda scores, k: same.expand_as(scores))
+    monkeypatch.setattr(vit, "keep_topk", lambda scores, k, cls_in_topk: same.expand_as(scores))
     for block in model.encoder.blocks:
         block.attn.record = True
     z = model.predict(images, sources)["z"]
@@ -145,8 +227,18 @@ def test_sampling_accuracy_counts_the_keys_of_the_own_image():
     assert abs(chance - 0.25) < 0.02  # r
 
 
+def test_the_plain_reading_of_eq_6_leaves_cls_no_privilege():
+    model = randomize(build("mixedae", "--cls-in-topk", "--global-layers", 0))
+    for block in model.encoder.blocks:
+        block.attn.record = True
+    model.predict(torch.randn(8, 3, 16, 16))
+    for block in model.encoder.blocks:
+        kept, _ = block.attn.recorded
+        assert (kept.sum(-1) == 4).all() and not kept[..., 0].all()
+
+
 def test_the_log_gets_the_accuracy_of_each_layer_with_and_without_topk():
-    for flags in ((), ("--topk", 1.0)):
+    for flags in ((), ("--topk", 1.0), ("--cls-in-topk",), ("--mixing-mode", "full")):
         pictures, numbers = randomize(build("mixedae", *flags)).visualize(torch.randn(8, 3, 16, 16))
         assert len(numbers["accuracy_layers"]) == 2 and numbers["accuracy"] == numbers["accuracy_layers"][-1]
         assert 0 < numbers["accuracy"] < 1
@@ -154,9 +246,9 @@ def test_the_log_gets_the_accuracy_of_each_layer_with_and_without_topk():
 
 
 def test_pictures_show_the_mixed_image_and_each_images_own_patches():
-    model, images = build("mixedae"), torch.randn(8, 3, 16, 16) * 0.5
-    pictures = model.visualize(images)[0]
-    for b in range(8):
+    for mode, b in itertools.product(("compose", "full"), range(8)):
+        model, images = build("mixedae", "--mixing-mode", mode), torch.randn(8, 3, 16, 16) * 0.5
+        pictures = model.visualize(images)[0]
         clean, mixed, rebuilt = (vit.patchify(pictures[b : b + 1, panel], 4) for panel in (0, 1, 3))
         in_mixed = (clean - mixed).abs().amax(-1) < 1e-6
         assert in_mixed.sum() == 4 and ((clean - rebuilt).abs().amax(-1)[in_mixed] < 1e-6).all()
@@ -166,22 +258,34 @@ def test_export_is_a_plain_encoder_with_segment_0_folded_into_the_patch_bias(tmp
     model, images = randomize(build("mixedae")), torch.randn(2, 3, 16, 16)
     torch.save(model.export(), tmp_path / "encoder.pt")
     encoder, info = vit.load_encoder(tmp_path / "encoder.pt")
-    assert info["method"] == "mixedae" and info["feature"] == "mean"
+    assert info["method"] == "mixedae" and info["feature"] == "mean" and len(model.segments) == 4
     assert set(encoder.state_dict()) == set(model.encoder.state_dict())
     for block in model.encoder.blocks:
         block.attn.topk = None
-    expected = model.encoder.encode(model.encoder.embed(images) + model.segments[0])
-    assert_close(encoder.features(images)["patches"], expected[:, 1:], atol=1e-5, rtol=1e-5)
+    for how, segment in (("first", model.segments[0]), ("mean", sum(model.segments) / 4), ("none", 0)):
+        model.segment_export = how
+        encoder, _ = vit.unpack_encoder(model.export())
+        expected = model.encoder.encode(model.encoder.embed(images) + segment)
+        assert_close(encoder.features(images)["patches"], expected[:, 1:], atol=1e-5, rtol=1e-5)
 
 
-ROWS = {"MixedAE": (), "without Eq. 7": ("--homocon-weight", 0), "without TopK": ("--topk", 1.0), "TopK in all layers": ("--global-layers", 0),
-        "naive mixing": ("--topk", 1.0, "--homocon-weight", 0, "--no-segment-embedding"), "r = .5": ("--mixing-ratio", 0.5), "raw pixels": ("--no-norm-pix",)}
+def ablations():
+    """The rows of Table 3 and of the poster, as the README gives their flags, and modes that no table varies."""
+    rows = re.findall(r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|none) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {table for table, _, _ in rows} == {"3a", "3b", "3c", "3d", "3e", "3f", "poster b"}
+    rows += [("", "full", "--mixing-mode full"), ("", "plain reading", "--cls-in-topk"), ("", "raw pixels", "--no-norm-pix"),
+             ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln")]
+    # at the paper's depth Table 3e goes to three global layers
+    return {f"{table} {row}": ["--depth", "4", *shlex.split(flags)] for table, row, flags in rows}
+
+
+ROWS = ablations()
 
 
 @pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
 def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
     model, images = build("mixedae", *flags), torch.randn(8, 3, 16, 16)
-    sources = mixedae.draw_sources(8 // model.n, model.n, 16, "cpu")
+    sources = model.predict(images)["sources"]
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for step in range(60):
         optimizer.zero_grad()
@@ -191,7 +295,8 @@ def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
         if step == 0:
             assert [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+    bound = 0 if model.recon_weight else model.homocon_weight * math.log(16 // model.n - 1)  # Eq. 7 has a floor
+    assert losses[-1] - bound < 0.8 * (losses[0] - bound)
 
 
 def test_bad_groups_and_ratios_are_named():
@@ -199,7 +304,8 @@ def test_bad_groups_and_ratios_are_named():
         (("--mixing-ratio", 0.3), "1/n"), (("--mixing-ratio", 1), "1/n"), (("--mixing-ratio", 0), "1/n"), (("--mixing-ratio", -0.25), "1/n"),
         (("--batch-size", 6), "multiple of n = 4"), (("--mixing-ratio", 1 / 3, "--batch-size", 9), "16 patches"),
         (("--mixing-ratio", 1 / 16, "--batch-size", 16), "at least 2 each"), (("--topk", 0.01), "at least 1 key"), (("--topk", 1.2), "at most all"),
-        (("--global-layers", 3), "has 2 layers"), (("--image-size", 18), "multiple of the patch"), (("--heads", 3), "heads"), (("--width", 30), "multiple of"),
+        (("--global-layers", 3), "has 2 layers"), (("--recon-weight", 0, "--homocon-weight", 0), "one of them above 0"), (("--recon-weight", -1), "at least 0"),
+        (("--homocon-weight", "nan"), "at least 0"), (("--image-size", 18), "multiple of the patch"), (("--heads", 3), "heads"), (("--width", 30), "multiple of"),
     ):
         with pytest.raises(UserError, match=words):
             build("mixedae", *flags)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY
+from test_mixedae import ROWS
 from test_train import checkpoint, rows, same_weights, without_clock
 
 KILLS = int(os.environ.get("KILLS", 1))
@@ -82,16 +83,15 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
 
 
 def test_two_processes_equal_one_for_given_masks(tmp_path):
-    """Each method's gradient over a batch is the mean of those over its halves, through the real wrapping."""
+    """The gradient over a batch is the mean of those over its halves, through the real wrapping: each method, each row of the ablations."""
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import gc, torch, train, torch.distributed as dist
-from mixedae import draw_sources
 
-for method in train.METHODS:
-    args = train.parse_args(["--method", method, *{TINY!r}])
+for method, *flags in [*([method] for method in train.METHODS), *{[["mixedae", *flags] for flags in ROWS.values()]!r}]:
+    args = train.parse_args(["--method", method, *{TINY!r}, *flags])
     if not dist.is_initialized():
         device = train.start_processes(args)
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ for method in train.METHODS:
     wrapped = train.wrap(train.METHODS[method](args), args, device)
     assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
     images = torch.randn(16, 3, 16, 16)
-    mask = draw_sources(4, 4, 16, "cpu") if method == "mixedae" else torch.rand(16, 16).argsort(1) < 12
+    mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
     alone(images, mask)[0].backward()
     r = dist.get_rank()
     wrapped(images[8 * r : 8 * r + 8], mask[len(mask) // 2 * r :][: len(mask) // 2])[0].backward()

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
 import train
 import vit
 from conftest import TINY, build, run
@@ -87,9 +90,48 @@ def test_a_run_folder_holds_what_was_promised(reference, folder):
     assert log[0]["loss"] == pytest.approx(log[0]["recon"] + 0.1 * log[0]["homocon"], rel=1e-5)
     facts = json.loads((reference / "args.json").read_text())
     assert facts["torch"] == torch.__version__ and facts["width"] == 32 and "--log-every 2" in facts["command"] and "commit" in facts
-    assert sorted(os.listdir(reference / "pictures")) == ["epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
+    assert sorted(os.listdir(reference / "pictures")) == ["curves.png", "epoch-0001.png", "epoch-0002.png", "epoch-0003.png"]
     encoder, info = vit.load_encoder(reference / "encoder.pt")
     assert info["method"] == "mixedae" and encoder.features(torch.randn(1, 3, 16, 16))["patches"].shape == (1, 16, 32)
+
+
+def test_the_log_of_shapes_says_how_much_attention_falls_on_the_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 16)
+    for method in train.METHODS:
+        run("--method", method, "--data", "shapes", "--out", tmp_path / method, "--epochs", 1, "--log-every", 1, "--val-images", 16)
+        first, last = rows(tmp_path / method)
+        assert "object_attention" not in first  # at the end of an epoch alone
+        encoder, _ = vit.load_encoder(tmp_path / method / "encoder.pt")
+        images, masks = data.some_images(data.Shapes((16, 16), "val", 2000), (16, 16), 16)
+        attention = encoder.features(data.normalize(images), attention=True)["attention"].mean(1)[:, 0, 1:]
+        on_object = sum(attention[b, l] * masks[b, 4 * (l // 4) :, 4 * (l % 4) :][:4, :4].float().mean() for b in range(16) for l in range(16))
+        assert last["object_attention"] == pytest.approx((on_object / attention.sum()).item(), abs=2e-3)
+        assert last["object_area"] == pytest.approx(masks.float().mean().item(), abs=1e-5)
+
+
+def test_draw_makes_the_pictures_of_given_images_with_the_runs_own_flags(reference, folder, tmp_path, capsys):
+    images = [str(path) for path in sorted((folder / "val").glob("*/*.png"))]
+    before = {file: (reference / file).read_bytes() for file in ("checkpoint.pt", "log.jsonl", "args.json")}
+    train.main(["--method", "mixedae", "--out", str(reference), "--device", "cpu", "--draw", *images])  # sizes come from the checkpoint
+    path = reference / "pictures" / f"draw-{images[0][-6:-4]}.png"
+    said = capsys.readouterr().out
+    assert said.startswith(f"{path}: step 15, accuracy ")
+    pixels = np.array(Image.open(path))
+    assert pixels.shape == (34 + 4 + 8 * 132, 4 + 5 * 132, 3)  # a row an image; panels: image, mixed, who, reconstruction, attention
+    for row, file in enumerate(images):
+        shown = pixels[38 + 132 * row :][4:132:8, 8:132:8][:16, :16]
+        true = np.array(Image.open(file).convert("RGB").resize((16, 16), Image.BICUBIC))
+        assert np.abs(shown.astype(int) - true).mean() < 20
+    path.unlink()
+    assert before == {file: (reference / file).read_bytes() for file in before}
+    for flags, words in ((images[:3], "multiple of 4"), (images[:6], "the last 2 make no whole group"), ([__file__] * 4, "cannot be read as an image"),
+                         (["nothing.png"] * 4, "nothing.png: cannot be read")):
+        run("--method", "mixedae", "--out", reference, "--draw", *flags, code=2)
+        one_line(capsys, words)
+    run("--method", "mae", "--out", reference, "--draw", *images, code=2)
+    one_line(capsys, "--method mixedae (now mae)")
+    run("--method", "mae", "--out", tmp_path, "--draw", *images, code=2)
+    one_line(capsys, "checkpoint.pt: no such file")
 
 
 def test_a_finished_run_says_so(reference, folder, capsys):

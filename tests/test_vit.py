@@ -49,7 +49,7 @@ def test_positions_resize_by_grid_size_and_leave_cls_alone(size):
     assert encoder.features(torch.randn(1, 3, *size))["patches"].shape == (1, grid[0] * grid[1], 32)
 
 
-def slow_attention(attention, x, topk=None):
+def slow_attention(attention, x, topk=None, cls_in_topk=False):
     """One head, one query at a time, by sorting."""
     B, N, D = x.shape
     size, out = D // attention.heads, torch.zeros(B, N, D)
@@ -59,21 +59,23 @@ def slow_attention(attention, x, topk=None):
             for i in range(N):
                 scores = [float(q[b, i, h] @ k[b, j, h]) / math.sqrt(size) for j in range(N)]
                 keys = list(range(N))
-                if topk is not None and i > 0:
+                if cls_in_topk:
+                    keys = sorted(keys, key=lambda j: -scores[j])[:topk]
+                elif topk is not None and i > 0:
                     keys = [0] + sorted(range(1, N), key=lambda j: -scores[j])[:topk]
                 weights = torch.tensor([scores[j] for j in keys]).softmax(0)
                 out[b, i, h * size : (h + 1) * size] = sum(w * v[b, j, h] for w, j in zip(weights, keys))
     return attention.proj(out)
 
 
-@pytest.mark.parametrize("topk", [None, 1, 3, 8])
-def test_homologous_attention_equals_sorting_one_query_at_a_time(topk):
+@pytest.mark.parametrize("topk, cls_in_topk", [(None, False), (1, False), (3, False), (8, False), (1, True), (3, True)])
+def test_homologous_attention_equals_sorting_one_query_at_a_time(topk, cls_in_topk):
     attention, x = randomize(Attention(16, 2)), torch.randn(2, 9, 16)
-    attention.topk = topk
+    attention.topk, attention.cls_in_topk = topk, cls_in_topk
     with torch.no_grad():
-        assert_close(attention(x), slow_attention(attention, x, topk), atol=1e-5, rtol=1e-5)
+        assert_close(attention(x), slow_attention(attention, x, topk, cls_in_topk), atol=1e-5, rtol=1e-5)
         attention.record = True
-        assert_close(attention(x), slow_attention(attention, x, topk), atol=1e-5, rtol=1e-5)
+        assert_close(attention(x), slow_attention(attention, x, topk, cls_in_topk), atol=1e-5, rtol=1e-5)
     kept, probabilities = attention.recorded
     assert_close(probabilities.sum(-1), torch.ones(2, 2, 9))
     if topk is not None:
@@ -90,6 +92,7 @@ def test_exactly_k_keys_are_kept_even_where_all_scores_tie(dtype):
         worst_kept = scores[..., 1:, 1:].masked_fill(~kept[..., 1:, 1:], float("inf")).amin(-1)
         best_dropped = scores[..., 1:, 1:].masked_fill(kept[..., 1:, 1:], float("-inf")).amax(-1)
         assert (worst_kept >= best_dropped).all()
+        assert (keep_topk(scores, 16, cls_in_topk=True).sum(-1) == 16).all()  # the plain reading: all rows, all keys
 
 
 def test_keeping_all_keys_is_global_attention():
@@ -111,6 +114,16 @@ def test_features():
     q, k, _ = encoder.blocks[1].attn.qkv(x).view(2, 25, 3, 2, 16).permute(2, 0, 3, 1, 4)
     assert_close(out["attention"], (q @ k.transpose(-1, -2) / 4).softmax(-1), atol=1e-5, rtol=1e-4)
     assert_close(encoder.features(images)["patches"], out["patches"], atol=1e-5, rtol=1e-5)  # the fused kernel agrees
+
+
+def test_cls_attention_is_the_mean_over_heads_without_the_cls_key():
+    model, images = randomize(tiny()), torch.randn(2, 3, 16, 24)
+    maps = vit.cls_attention(model, images)
+    attention = model.features(images, attention=True)["attention"]
+    assert maps.shape == (2, 4, 6) and model.blocks[-1].attn.recorded is None
+    for b in range(2):
+        row = sum(attention[b, h, 0, 1:] for h in range(attention.shape[1]))
+        assert_close(maps[b].flatten(), row / row.sum())
 
 
 def test_hidden_patches_do_not_reach_visible_tokens():
