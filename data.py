@@ -489,7 +489,7 @@ def curves(folders):
     for folder in map(Path, folders):
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for row in rows if len(rows) > 1 else ():
-            for name in row.keys() - NOT_CHARTED:
+            for name in [name for name in row if name not in NOT_CHARTED]:
                 title = LEVELS.get(name, name)
                 label = folder.name if title == name else name
                 if isinstance(row[name], list):
@@ -499,7 +499,7 @@ def curves(folders):
     if not charts:
         return None
     tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title])) for title in sorted(charts)]
-    return v2.functional.to_pil_image(make_grid(tiles, nrow=3))
+    return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -196,10 +196,12 @@ class MixedAE(nn.Module):
         if args.segment_embedding:
             self.segments = nn.Parameter(torch.empty(n, encoder.width).normal_(std=0.02))  # std ours: as CLS and [MASK]
 
+        self.panels = ["image", "mixed", "who gave\neach patch"]  # titles of the pictures
         # A module exists only if a loss uses it: DDP stops on a parameter without gradient.
         self.recon_weight, self.norm_pix = args.recon_weight, args.norm_pix
         if self.recon_weight:
             self.decoder = build_decoder(args, encoder)
+            self.panels += ["reconstruction\n(true mean, std)" if self.norm_pix else "reconstruction"]
         self.homocon_weight, self.tau = args.homocon_weight, args.temperature
         self.position, self.positives = args.homocon_position, args.homocon_positives
         if self.homocon_weight:
@@ -208,12 +210,6 @@ class MixedAE(nn.Module):
             self.homocon_floor = math.log(L // n - 1)
         if not self.recon_weight and self.position == "pre-ln":
             encoder.norm.requires_grad_(False)  # neither loss sees it
-
-    @property
-    def panels(self):
-        """Titles of the pictures of `visualize`."""
-        rebuilt = ("reconstruction\n(true mean, std)" if self.norm_pix else "reconstruction",) if self.recon_weight else ()
-        return ("image", "mixed", "who gave\neach patch", *rebuilt)
 
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask: M of Eq. 2, the source ids in 0 .. n-1 (the paper counts

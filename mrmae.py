@@ -46,8 +46,6 @@ def reconstruction_loss(pred, target, mask):
 class MAE(nn.Module):
     """Plain MAE."""
 
-    panels = ("image", "visible patches", "reconstruction")
-
     @staticmethod
     def add_args(parser):
         parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (MR-MAE Sec. 3.1: 75 %%)")
@@ -59,6 +57,7 @@ class MAE(nn.Module):
         self.encoder = build_encoder(args)
         self.decoder = build_decoder(args, self.encoder)
         self.norm_pix = args.norm_pix
+        self.panels = ["image", "visible patches", "reconstruction\n(true mean, std)" if self.norm_pix else "reconstruction"]
         L = self.encoder.num_patches
         if not 0 < args.mask_ratio < 1 or not 0 < int(L * (1 - args.mask_ratio)) < L:
             raise UserError(f"--mask-ratio {args.mask_ratio}: of {L} patches at least 1 must stay visible and at least 1 be hidden")

@@ -41,7 +41,7 @@ from mrmae import MAE, from_official_mae
 from vit import Block, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
-# visualize(images) -> pictures (B, len(panels), 3, H, W), {name: number}; panels, their titles; export() -> what encoder.pt holds.
+# visualize(images) -> pictures (B, len(panels), 3, H, W), {name: number}; panels, a list of titles; export() -> what encoder.pt holds.
 # A new one: write its file, add it here.
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
