@@ -225,7 +225,7 @@ def add_data_args(parser):
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
     group.add_argument("--augment", choices=("none", "fixed-crop", "random-crop", "color-jitter"), default="random-crop",
-                       help="nothing; crop of fixed size, flip; crop of random size, flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)")
+                       help="none; crop of fixed size (224 of 256), flip; crop of random size, flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)")
     group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),
                        help="share of the image that a random crop covers (MAE: .2 to 1)")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
@@ -483,8 +483,8 @@ def line_chart(title, lines):
 
 
 def curves(folders):
-    """The log.jsonl of one run folder or of several, to compare them -> one PIL image: a chart against the epoch for each number of
-    the rows, and one against the layer for each list, as the last row has it. None if there are fewer than two rows."""
+    """The logs of one run folder or of several, to compare them -> one PIL image: each number against the epoch (MixedAE Fig. 6b), each
+    list, as the last row has it, against the layer (Fig. 6a). None if there are fewer than two rows."""
     charts = {}  # title -> {line: [(x, y), ...]}
     for folder in map(Path, folders):
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

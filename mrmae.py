@@ -4,7 +4,7 @@ MR-MAE's own additions (Sec. 3.2 on) are not here yet; the file has its name bec
 
 Reading order of the project: vit -> **mrmae** -> mixedae -> data -> train.
 
-Hide 75 % of the patches of an image, encode the visible quarter alone, let a light decoder rebuild the pixels of the rest:
+Hide 75 % of the patches of an image, encode the visible quarter alone, let a small decoder rebuild the pixels of the rest:
 
     images (B, C, H, W) -- patch embedding + positions --> (B, L, D)
         -- keep V random patches --> (B, V, D) -- encoder --> latent (B, 1+V, D)

@@ -41,12 +41,15 @@ from mrmae import MAE, from_official_mae
 from vit import Block, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
-# visualize(images) -> pictures (B, len(panels), 3, H, W), {name: number}; panels, a list of titles; export() -> what encoder.pt holds.
+# visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
+# export() -> what encoder.pt holds.
 # A new one: write its file, add it here.
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
               "draw", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
+RANGES = {**dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), (1, math.inf)), **dict.fromkeys(("lr", "blr"), (1e-12, math.inf)),
+          **dict.fromkeys(("workers", "val_images", "save_every", "warmup_epochs", "weight_decay"), (0, math.inf)), "beta2": (0, 1), "seed": (0, 2**63)}
 BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
 
 
@@ -97,18 +100,10 @@ def parse_args(argv=None, base=()):
 
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
-    for flag, least in dict(epochs=1, batch_size=1, accumulate=1, workers=0, val_images=0, log_every=1, save_every=0, warmup_epochs=0).items():
-        if not getattr(args, flag) >= least:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-    for flag in ("lr", "blr"):
-        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
-            parser.error(f"--{flag} {getattr(args, flag)}: out of range, it must be positive")
-    if not 0 <= args.beta2 < 1:
-        parser.error(f"--beta2 {args.beta2}: out of range, 0 <= beta2 < 1")
-    if not 0 <= args.weight_decay < math.inf:
-        parser.error(f"--weight-decay {args.weight_decay}: out of range, it must be at least 0")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed}: out of range, 0 to 2^63 - 1")
+    for flag, (least, bound) in RANGES.items():
+        value = getattr(args, flag)
+        if value is not None and not least <= value < bound:  # so written, NaN is refused too
+            parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args)
@@ -348,14 +343,14 @@ def look(run, images):
 
 
 def illustrate(run, images, masks=None):
-    """The method's pictures of the first 64 uint8 images (B, 3, H, W) and, as a last panel, where the CLS token of the encoder that
-    transfers looks on clean images (MixedAE Fig. 5) -> panels (B, k, 3, H, W), their titles, numbers.
+    """The method's pictures of the first 64 uint8 images (B, 3, H, W), and as one more panel the attention of CLS (MixedAE Fig. 5) in
+    the encoder that transfers, on clean images -> panels (B, k, 3, H, W), their titles, numbers.
 
     masks: of the objects on the images, bool (B, H, W); then the numbers say how much of that attention falls on them.
     """
     panels, numbers = look(run, images[:64])
     encoder = unpack_encoder(run.model.export())[0].to(run.device)
-    batches = (images if masks is not None else images[:64]).split(run.args.batch_size)
+    batches = (images[:64] if masks is None else images).split(run.args.batch_size)  # all for the number, 64 for the pictures
     maps = torch.cat([cls_attention(encoder, normalize(batch.to(run.device))) for batch in batches]).cpu()  # (B, h, w)
     if masks is not None:
         numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
@@ -386,7 +381,7 @@ def end_epoch(run, row, images, masks=None):
     """Rank 0 at the end of an epoch: the pictures, the last log row, and both told."""
     epoch = round(row["epoch"])
     panels, titles, numbers = illustrate(run, images, masks)
-    row = {**numbers, **row}
+    row = {**numbers, **row}  # the row's own accuracy, of training images, stays
     run.folder.picture(f"epoch-{epoch:04d}.png", picture_sheet(panels[:8], titles))
     run.folder.log(row)
     run.folder.curves()
@@ -431,7 +426,7 @@ def run_steps(run, stream, sums, stop, broken, held_out):
                     row |= look(run, micro_batches[-1][:64])[1]
                     bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
                     if epoch_ends:
-                        end_epoch(run, row, *(held_out or micro_batches[-1:]))
+                        end_epoch(run, row, *(held_out or micro_batches[-1:]))  # without a val set pictures of the last batch
                     else:
                         folder.log(row)
                 meter = Meter(done)

@@ -60,8 +60,8 @@ def add_size_args(parser):
     group.add_argument("--width", type=int, help="D, width of the encoder")
     group.add_argument("--depth", type=int, help="blocks of the encoder")
     group.add_argument("--heads", type=int, help="attention heads of the encoder; no state dict shows them")
-    group.add_argument("--decoder-width", type=int, help="512 in MixedAE Sec. 4.1 and MAE")
-    group.add_argument("--decoder-depth", type=int, help="8 in MixedAE Sec. 4.1 and MR-MAE Sec. 4.1")
+    group.add_argument("--decoder-width", type=int, help="512 in MAE and MixedAE Sec. 4.1 (its lightweight decoder: 256)")
+    group.add_argument("--decoder-depth", type=int, help="8 in MR-MAE Sec. 4.1 and MixedAE Sec. 4.1 (its lightweight decoder: 2)")
     group.add_argument("--decoder-heads", type=int, help="16 in MAE's code; the papers are silent")
 
 
@@ -159,11 +159,11 @@ def resize_positions(table, old_grid, new_grid):
 def keep_topk(scores, k, cls_in_topk=False):
     """TopK of MixedAE Eq. 6 (Sec. 3.2), the keys that a query may see: scores (B, H, N, N) -> bool, True = kept.
 
-    Token 0 is CLS. "Each query *patch*" keeps exactly the k key *patches* of the highest scores; the CLS key is always kept
-    and not counted, and the CLS query sees all. With cls_in_topk every row keeps exactly k of all N keys. Indices are scattered,
-    because a threshold would keep more than k where scores tie, as they often do in bf16. The choice has no gradient.
+    Token 0 is CLS. Each query patch keeps exactly the k key patches of the highest scores; the CLS key is always kept and not
+    counted, and the CLS query sees all. With cls_in_topk CLS is one more patch: every row keeps exactly k of all N keys. Indices are
+    scattered, because a threshold would keep more than k where scores tie, as they often do in bf16. The choice has no gradient.
     """
-    first = 0 if cls_in_topk else 1
+    first = 0 if cls_in_topk else 1  # the first token that takes part
     keep = torch.ones_like(scores, dtype=torch.bool)  # CLS row and column stay True
     best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
     keep[..., first:, first:] = torch.zeros_like(keep[..., first:, first:]).scatter_(-1, best, True)
@@ -198,7 +198,8 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, D)
 
     def explicit(self, q, k, v):
-        """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), then the values. q, k, v and result (B, H, N, D_h)."""
+        """Attention with its matrix written out, for `topk` and `record`. MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))),
+        then the values. q, k, v and result (B, H, N, D_h)."""
         scale = q.shape[-1] ** -0.5  # 1 / sqrt(D_h)
         scores = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, N)
         keep = None
@@ -357,7 +358,7 @@ def cls_attention(encoder, images):
 
 
 class Decoder(nn.Module):
-    """The light transformer decoder of the MAE family. Where [MASK] tokens go is the method's business:
+    """The transformer decoder of the MAE family. Where [MASK] tokens go is the method's business:
 
         latent (B, 1 + V, D) -- embed --> (B, 1 + V, Dd) -- the method inserts mask_token --> (B, 1 + L, Dd) -- forward --> (B, L, P)
     """
@@ -386,7 +387,7 @@ def build_encoder(args, **options):
 
 
 def build_decoder(args, encoder):
-    """The light decoder that the size flags describe, for this encoder."""
+    """The decoder that the size flags describe, for this encoder."""
     patch_values = encoder.config["channels"] * encoder.patch_size**2  # P
     return Decoder(encoder.grid, encoder.width, args.decoder_width, args.decoder_depth, args.decoder_heads, patch_values)
 

@@ -271,7 +271,7 @@ def test_export_is_a_plain_encoder_with_segment_0_folded_into_the_patch_bias(tmp
 
 def ablations():
     """The rows of Table 3 and of the poster, as the README gives their flags, and modes that no table varies."""
-    rows = re.findall(r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|none) \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|defaults) \|", (ROOT / "README.md").read_text(), re.M)
     assert {table for table, _, _ in rows} == {"3a", "3b", "3c", "3d", "3e", "3f", "poster b"}
     rows += [("", "full", "--mixing-mode full"), ("", "plain reading", "--cls-in-topk"), ("", "raw pixels", "--no-norm-pix"),
              ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln")]
