@@ -292,28 +292,33 @@ def open_sets(args):
 # --------------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------------------------
-class FitTo:
-    """The largest centred crop of the asked aspect ratio, resized (bicubic) to image_size: uint8 (3, h, w) -> (3, H, W)."""
+class Cover:
+    """Resize (bicubic, the aspect ratio kept) so that image_size is just covered: uint8 (3, h, w) -> (3, >= H, >= W)."""
 
     def __init__(self, image_size):
         self.image_size = image_size
 
     def __call__(self, image):
-        (H, W), (h, w) = self.image_size, image.shape[-2:]
-        scale = min(h / H, w / W)
-        image = v2.functional.center_crop(image, [round(H * scale), round(W * scale)])
-        return v2.functional.resize(image, self.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        scale = max(new / old for new, old in zip(self.image_size, image.shape[-2:]))
+        size = [max(new, round(old * scale)) for new, old in zip(self.image_size, image.shape[-2:])]
+        return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def centred(image_size):
+    """The largest centred crop of the asked aspect ratio, at image_size."""
+    return v2.Compose([Cover(image_size), v2.CenterCrop(image_size)])
 
 
 def train_transform(args):
     """--augment (MAE Table 1e), on uint8 tensors: "random-crop" is MAE's and MixedAE's own (Sec. 4.1: "random cropping and flipping")."""
-    bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    H, W = args.image_size
     if args.augment == "none":
-        return FitTo(args.image_size)
+        return centred(args.image_size)
     if args.augment == "fixed-crop":  # 224 of 256, in proportion
-        crop = [v2.Resize(round(max(args.image_size) * 256 / 224), **bicubic), v2.RandomCrop(args.image_size)]
+        crop = [Cover([round(H * 256 / 224), round(W * 256 / 224)]), v2.RandomCrop(args.image_size)]
     else:
-        crop = [v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, **bicubic)]
+        crop = [v2.RandomResizedCrop(args.image_size, scale=args.crop_scale, ratio=(3 / 4 * W / H, 4 / 3 * W / H),
+                                     interpolation=v2.InterpolationMode.BICUBIC, antialias=True)]
     # The strengths are MoCo v2's; MAE gives none.
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)] if args.augment == "color-jitter" else []
     return v2.Compose([*crop, v2.RandomHorizontalFlip(), *jitter])
@@ -423,7 +428,7 @@ def some_images(dataset, image_size, count):
     """`count` images of a set in a fixed random order (its files are sorted by class), centred -> uint8 (count, 3, H, W), and of
     `shapes` the objects' masks, bool (count, H, W), else None."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    samples = Samples(dataset, FitTo(image_size), seed=0)  # broken ones are replaced
+    samples = Samples(dataset, centred(image_size), seed=0)  # broken ones are replaced
     images, _, names = collate([samples[0, i] for i in order])
     BrokenImages().count(images, names)
     masks = torch.stack([dataset.draw(i)["mask"] for i in order]) if isinstance(dataset, Shapes) else None
@@ -482,19 +487,31 @@ def line_chart(title, lines):
     return chart
 
 
+def read_log(folder):
+    """The rows of a run's log.jsonl; lines that a kill or a full disk cut short are left out."""
+    path, rows = Path(folder) / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def curves(folders):
     """The logs of one run folder or of several, to compare them -> one PIL image: each number against the epoch (MixedAE Fig. 6b), each
     list, as the last row has it, against the layer (Fig. 6a). None if there are fewer than two rows."""
-    charts = {}  # title -> {line: [(x, y), ...]}
-    for folder in map(Path, folders):
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    charts, several = {}, len(folders) > 1  # title -> {line: [(x, y), ...]}
+    for folder in folders:
+        rows, run = read_log(folder), str(folder) if several else Path(folder).name
         for row in rows if len(rows) > 1 else ():
             for name in [name for name in row if name not in NOT_CHARTED]:
                 title = LEVELS.get(name, name)
-                label = folder.name if title == name else name
+                label = run if title == name else f"{run} {name}" if several else name
+                values = row[name] if isinstance(row[name], list) else [row[name]]
+                if not all(math.isfinite(value) for value in values):
+                    continue
                 if isinstance(row[name], list):
-                    charts.setdefault(f"{name}, last row, against the layer", {})[label] = list(enumerate(row[name], start=1))
-                elif math.isfinite(row[name]):
+                    charts.setdefault(f"{name}, last row, against the layer", {})[label] = list(enumerate(values, start=1))
+                else:
                     charts.setdefault(f"{title} against the epoch", {}).setdefault(label, []).append((row["epoch"], row[name]))
     if not charts:
         return None
@@ -554,11 +571,7 @@ class RunFolder:
 
     def cut_log(self, step):
         """Drop the rows after `step`, which a resumed run writes again, and a last line that a kill cut short."""
-        rows, path = [], self.path / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    rows.append(line + "\n")
+        rows = [json.dumps(row) + "\n" for row in read_log(self.path) if row["step"] <= step]
         self.write("log.jsonl", lambda file: file.write("".join(rows).encode()))
 
     def describe(self, args, argv):

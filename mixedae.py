@@ -40,7 +40,8 @@ Where the paper is silent (its appendices A-E are not in the PDF)
       times as much. Computed in fp32. The "mean positive" of Table 3c is the average of the projections of an image's patches, the
       query's among them; the denominator stays that of Eq. 7, so the floor above does not hold.
     - Sampling accuracy: of the K largest patch scores of each query patch (itself included), the share from its own image; mean over
-      heads, queries and images. Where K > r L not all K can be right, and it ends at r L / K.
+      heads, queries and images. Where K > r L not all K can be right, and it ends at r L / K. (`--cls-in-topk`: of the kept keys that
+      are patches.)
 """
 import argparse
 import math
@@ -136,14 +137,15 @@ def sampling_accuracy(attention, keep, sources, k):
     else:
         keep = keep[..., 1:, 1:]  # (G, H, L, L)
     same = (sources.unsqueeze(1) == sources.unsqueeze(2)).unsqueeze(1)  # (G, 1, L, L)
-    return (keep & same).sum() / keep.sum()
+    return (keep & same).sum() / keep.sum().clamp(min=1)
 
 
 def images_per_group(ratio, batch_size, patches):
-    """n of r = 1/n. A UserError unless n >= 2 (Sec. 3.1: r in (0, 0.5]), n divides the batch and L, and r L >= 2 (Eq. 7 needs a positive)."""
+    """n of r = 1/n. A UserError unless n >= 2 (Sec. 3.1: r in (0, 0.5]; 64 at most, ours), n divides the batch and L, and r L >= 2 (Eq. 7
+    needs a positive)."""
     n = round(1 / ratio) if 1e-6 < ratio <= 1 else 0  # so written, NaN is refused too
-    if n < 2 or abs(ratio * n - 1) > 0.01:
-        raise UserError(f"--mixing-ratio {ratio} is not 1/n with n >= 2; use .5, .333, .25, .2, .125 ...")
+    if not 2 <= n <= 64 or abs(ratio * n - 1) > 0.01:
+        raise UserError(f"--mixing-ratio {ratio} is not 1/n with n from 2 to 64; use .5, .333, .25, .2, .125 ...")
     if batch_size % n:
         raise UserError(f"--batch-size {batch_size} is not a multiple of n = {n} images in a group (--mixing-ratio {ratio})")
     if patches % n or patches // n < 2:
@@ -152,9 +154,14 @@ def images_per_group(ratio, batch_size, patches):
     return n
 
 
+def keys(topk, patches):
+    """K of Eq. 6 from --topk, its share of L. The small addend is for shares such as .29, which floats miss by less."""
+    return int(topk * patches + 1e-6)
+
+
 def check_args(args, patches):
     """A UserError for flags that cannot work. Comparisons are written so that NaN is refused too."""
-    if not 0 < args.topk <= 1 or int(args.topk * patches) < 1:
+    if not 0 < args.topk <= 1 or keys(args.topk, patches) < 1:
         raise UserError(f"--topk {args.topk}: K = topk x L, L = {patches}; it must keep at least 1 key and at most all (1.0)")
     if not 0 <= args.global_layers <= args.depth:
         raise UserError(f"--global-layers {args.global_layers}: the encoder has {args.depth} layers; give 0 to {args.depth}")
@@ -174,7 +181,7 @@ class MixedAE(nn.Module):
         add = parser.add_argument_group("MixedAE").add_argument
         add("--mixing-ratio", type=float, default=0.25, help="r = 1/n: share of a mixed image that each of its n images gives (Sec. 4.1, Table 3a)")
         add("--mixing-mode", choices=("compose", "full"), default="compose", help="one mixed image a group, or n of them (Sec. 3.2, Fig. 4)")
-        add("--topk", type=float, default=0.25, help="K / L of Eq. 6: share of the key patches that a query keeps; 1.0 is global attention (Table 3d)")
+        add("--topk", type=float, default=0.25, help="K / L of Eq. 6: share of the key patches that a query keeps, best equal to r; 1.0 is global attention (Table 3d)")
         add("--cls-in-topk", action="store_true", help="Eq. 6 with CLS as one more patch: every query keeps K of all 1 + L keys")
         add("--global-layers", type=int, default=1, help="how many of the first layers keep global attention (Table 3e)")
         add("--recon-weight", type=float, default=1.0, help="weight of Eq. 4; 0 trains on Eq. 7 alone, without a decoder (the poster's table b)")
@@ -195,7 +202,7 @@ class MixedAE(nn.Module):
         self.mixes = n if args.mixing_mode == "full" else 1  # mixed images that a group makes
         check_args(args, L)
 
-        k = int(args.topk * L)  # K of Eq. 6
+        k = keys(args.topk, L)  # K of Eq. 6
         if k < L:  # K = L is no sampling: plain global attention (Table 3d)
             for block in encoder.blocks[args.global_layers :]:  # every layer but the first ones (Sec. 3.2, Table 3e)
                 block.attn.topk, block.attn.cls_in_topk = k, args.cls_in_topk

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (Batches, BrokenImages, FitTo, RunFolder, Samples, add_data_args, decode, heat_map, loader, normalize,
+from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, centred, decode, heat_map, loader, normalize,
                   object_awareness, open_sets, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
@@ -47,7 +47,7 @@ from vit import Block, UserError, add_size_args, cls_attention, fill, load_file,
 METHODS = {"mae": MAE, "mixedae": MixedAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
-              "draw", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
+              "draw", "segment_export", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
 RANGES = {**dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), (1, math.inf)), **dict.fromkeys(("lr", "blr"), (1e-12, math.inf)),
           **dict.fromkeys(("workers", "val_images", "save_every", "warmup_epochs", "weight_decay"), (0, math.inf)), "beta2": (0, 1), "seed": (0, 2**63)}
 BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
@@ -455,8 +455,10 @@ def train(args, argv, device):
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     done = batches.start
     if done == batches.steps:
+        if folder:  # again, because --segment-export may have changed
+            folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
         farewell(run, done)
-        return 0
+        return int(bool(folder and folder.failed))
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
         held_out = some_images(val_set, args.image_size, args.val_images)
     if folder:
@@ -514,22 +516,29 @@ def farewell(run, done):
 # --------------------------------------------------------------------------------------------------------------------
 def draw(args, argv, device):
     """--draw: the pictures of a run, as at the end of an epoch, for given images; a run that is going on is not disturbed."""
-    out = Path(args.out)
-    saved = load_checkpoint(out / "checkpoint.pt", args)
-    run = build_run(argparse.Namespace(**{**saved["args"], "compile": False}), saved["global_batch"] * dist.get_world_size(), device)
+    if len(args.draw) > 64:
+        raise UserError(f"--draw: {len(args.draw)} images are too many for a sheet; give 64 at most")
+    folder = Path(args.out)
+    saved = load_checkpoint(folder / "checkpoint.pt", args)
+    run_args = argparse.Namespace(**{**vars(args), **saved["args"], "compile": False})  # flags that are newer than the run have their defaults
+    run = build_run(run_args, saved["global_batch"] * dist.get_world_size(), device)  # length: any set of a batch or more
     run.model.load_state_dict(saved["model"])
     images = []
     for file in args.draw:
         try:
-            images.append(FitTo(run.args.image_size)(decode(file)))
+            images.append(centred(run_args.image_size)(decode(file)))
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
             raise UserError(f"--draw {file}: cannot be read as an image ({(str(error) or 'it is empty').splitlines()[0]})") from None
     panels, titles, numbers = illustrate(run, torch.stack(images))
     if len(panels) < len(images):
-        raise UserError(f"--draw: {len(images)} images, of which the last {len(images) - len(panels)} make no whole group; give {len(panels)}, or 64 at most")
+        raise UserError(f"--draw: of {len(images)} images the last {len(images) - len(panels)} make no whole group; give {len(panels)}")
     if dist.get_rank() == 0:
-        path = out / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
-        picture_sheet(panels, titles).save(path)
+        path = folder / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            picture_sheet(panels, titles).save(path)
+        except OSError as error:
+            raise UserError(f"--draw: {path} cannot be written ({error.strerror})") from None
         print(f"{path}: step {saved['step']}{''.join(f', {name} {value:.4g}' for name, value in numbers.items() if isinstance(value, float))}", flush=True)
     return 0
 

@@ -224,11 +224,15 @@ def test_augment(flags, crops, jitters):
     assert all(view.shape == (3, 32, 48) and view.dtype == torch.uint8 for view in views)
     assert any(not torch.equal(view, views[0]) for view in views) == crops
     assert any((view[2] != 128).any() for view in views) == jitters
-    across = [abs(int(view[0, 16, 40]) - int(view[0, 16, 8])) for view in views]  # red over 32 columns: the zoom
-    if flags in ("none", "fixed-crop"):  # one size: 90 columns to 48; or 60 rows to 55 = 48 x 8 / 7
-        assert all(abs(step - 32 * 2 * (90 / 48 if flags == "none" else 60 / 55)) <= 3 for step in across), across
+    across = [abs(int(view[0, 16, 40]) - int(view[0, 16, 8])) for view in views]  # red over 32 columns
+    down = [int(view[1, 30, 24]) - int(view[1, 2, 24]) for view in views]  # green over 28 rows
+    if flags in ("none", "fixed-crop"):  # one size: 60 x 90 to 32 x 48, or to 37 x 55 (8 / 7 of that)
+        scale = 60 / 32 if flags == "none" else 90 / 55
+        assert all(abs(a - 32 * 2 * scale) <= 4 and abs(d - 28 * 3 * scale) <= 6 for a, d in zip(across, down)), (across, down)
     else:
         assert max(across) - min(across) > 10
+    stretch = [1.0] if jitters else [a / 64 / (d / 84) for a, d in zip(across, down)]
+    assert 0.7 < min(stretch) and max(stretch) < 1.4  # 3/4 to 4/3, also where the image asked for is not square
     assert len({bool(view[0, 16, 40] > view[0, 16, 8]) for view in views}) == (1 if flags == "none" else 2)  # flipped
 
 
@@ -249,6 +253,9 @@ def test_curves_compare_runs(tmp_path):
     red, blue = (tuple(int(255 * c) for c in data.COLOURS[i]) for i in (0, 1))
     assert (one == red).all(-1).any() and not (one == blue).all(-1).any()
     assert (both == red).all(-1).any() and (both == blue).all(-1).any()
+    (tmp_path / "a" / "log.jsonl").open("a").write('{"step": 4, "lo{"step": 5}\n')  # a line that a full disk cut short
+    assert np.array_equal(np.array(data.curves([tmp_path / "a"])), one)
+    assert data.curves([tmp_path / "none"]) is None
     (tmp_path / "a" / "log.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 1.0}) + "\n")
     assert data.curves([tmp_path / "a"]) is None
 

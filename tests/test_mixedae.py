@@ -183,6 +183,12 @@ def test_full_mode_is_compose_mode_on_each_group_once_for_each_of_its_masks():
     assert not torch.equal(drawn[:, 0], drawn[:, 1])  # independent masks
 
 
+def test_k_is_the_asked_share_of_l():
+    for topk, image_size, k in ((0.25, 224, 49), (0.125, 224, 24), (0.5, 224, 98), (0.29, 160, 29), (0.33334, 96, 12)):  # .29 x 100 is 28.999... in floats
+        model = build("mixedae", "--topk", topk, "--image-size", image_size, "--patch-size", 16)
+        assert model.encoder.blocks[1].attn.topk == k
+
+
 def test_homologous_attention_in_all_but_the_first_layers_of_the_encoder_alone():
     model = build("mixedae", "--depth", 4, "--global-layers", 2, "--topk", 0.5)
     assert [block.attn.topk for block in model.encoder.blocks] == [None, None, 8, 8]
@@ -235,6 +241,9 @@ def test_the_plain_reading_of_eq_6_leaves_cls_no_privilege():
     for block in model.encoder.blocks:
         kept, _ = block.attn.recorded
         assert (kept.sum(-1) == 4).all() and not kept[..., 0].all()
+    only_cls = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    only_cls[..., 0] = True
+    assert mixedae.sampling_accuracy(torch.zeros(1, 1, 5, 5), only_cls, torch.tensor([[0, 0, 1, 1]]), 1) == 0
 
 
 def test_the_log_gets_the_accuracy_of_each_layer_with_and_without_topk():
@@ -273,6 +282,7 @@ def ablations():
     """The rows of Table 3 and of the poster, as the README gives their flags, and modes that no table varies."""
     rows = re.findall(r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|defaults) \|", (ROOT / "README.md").read_text(), re.M)
     assert {table for table, _, _ in rows} == {"3a", "3b", "3c", "3d", "3e", "3f", "poster b"}
+    assert len(rows) == 19
     rows += [("", "full", "--mixing-mode full"), ("", "plain reading", "--cls-in-topk"), ("", "raw pixels", "--no-norm-pix"),
              ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln")]
     # at the paper's depth Table 3e goes to three global layers
@@ -301,7 +311,7 @@ def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
 
 def test_bad_groups_and_ratios_are_named():
     for flags, words in (
-        (("--mixing-ratio", 0.3), "1/n"), (("--mixing-ratio", 1), "1/n"), (("--mixing-ratio", 0), "1/n"), (("--mixing-ratio", -0.25), "1/n"),
+        (("--mixing-ratio", 0.3), "1/n"), (("--mixing-ratio", 1), "1/n"), (("--mixing-ratio", 0), "1/n"), (("--mixing-ratio", -0.25), "1/n"), (("--mixing-ratio", 1 / 65, "--batch-size", 65), "2 to 64"),
         (("--batch-size", 6), "multiple of n = 4"), (("--mixing-ratio", 1 / 3, "--batch-size", 9), "16 patches"),
         (("--mixing-ratio", 1 / 16, "--batch-size", 16), "at least 2 each"), (("--topk", 0.01), "at least 1 key"), (("--topk", 1.2), "at most all"),
         (("--global-layers", 3), "has 2 layers"), (("--recon-weight", 0, "--homocon-weight", 0), "one of them above 0"), (("--recon-weight", -1), "at least 0"),

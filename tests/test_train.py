@@ -123,8 +123,14 @@ def test_draw_makes_the_pictures_of_given_images_with_the_runs_own_flags(referen
         true = np.array(Image.open(file).convert("RGB").resize((16, 16), Image.BICUBIC))
         assert np.abs(shown.astype(int) - true).mean() < 20
     path.unlink()
+    older = checkpoint(reference)  # a run made before some flags were there
+    del older["args"]["mixing_mode"], older["args"]["augment"]
+    torch.save(older, tmp_path / "checkpoint.pt")
+    run("--method", "mixedae", "--out", tmp_path, "--draw", *images[:4])
+    assert (tmp_path / "pictures" / path.name).exists()
+    (tmp_path / "checkpoint.pt").unlink()
     assert before == {file: (reference / file).read_bytes() for file in before}
-    for flags, words in ((images[:3], "multiple of 4"), (images[:6], "the last 2 make no whole group"), ([__file__] * 4, "cannot be read as an image"),
+    for flags, words in ((images[:3], "multiple of 4"), (images[:6], "the last 2 make no whole group"), (images * 9, "64 at most"), ([__file__] * 4, "cannot be read as an image"),
                          (["nothing.png"] * 4, "nothing.png: cannot be read")):
         run("--method", "mixedae", "--out", reference, "--draw", *flags, code=2)
         one_line(capsys, words)
@@ -138,6 +144,10 @@ def test_a_finished_run_says_so(reference, folder, capsys):
     before = (reference / "checkpoint.pt").stat().st_mtime_ns
     run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8)
     assert "finished already" in capsys.readouterr().out.splitlines()[-1]
+    bias = vit.load_encoder(reference / "encoder.pt")[0].patch_embed.proj.bias
+    run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8, "--segment-export", "none")  # exports anew
+    assert torch.allclose(vit.load_encoder(reference / "encoder.pt")[0].patch_embed.proj.bias, bias - checkpoint(reference)["model"]["segments"][0], atol=1e-6)
+    run("--method", "mixedae", "--data", folder, "--out", reference, "--log-every", 2, "--val-images", 8)
     assert len(rows(reference)) == 9 and (reference / "checkpoint.pt").stat().st_mtime_ns == before
 
 
