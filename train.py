@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,11 +147,11 @@ def autocast(args, device):
 # --------------------------------------------------------------------------------------------------------------------
 # Optimization
 # --------------------------------------------------------------------------------------------------------------------
-def lr_at(epoch, lr, warmup_epochs, epochs):
-    """Learning rate at a fractional epoch: linear from 0 during warm-up, then half a cosine down to 0 (MAE's; MixedAE Sec. 4.1)."""
+def lr_at(epoch, lr, warmup_epochs, epochs, min_lr=0.0):
+    """Learning rate at a fractional epoch: linear from 0 during warm-up, then half a cosine down to min_lr (MAE's; MixedAE Sec. 4.1)."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
 
 def build_optimizer(model, args):
@@ -204,13 +205,9 @@ def load_checkpoint(path, args):
 
 
 def resume(run):
-    """checkpoint.pt into the run, or the weights of --init if there is none yet -> the sums of the unfinished log interval."""
+    """checkpoint.pt, if there is one, into the run -> the sums of the unfinished log interval."""
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
-        if run.args.init:
-            filled = load_weights(run.model, run.args.init)
-            if run.folder:
-                print(f"--init {run.args.init}: fills {filled}")
         return {}
     saved = load_checkpoint(path, run.args)
     then = {**saved["args"], "global batch": saved["global_batch"]}
@@ -256,6 +253,8 @@ class Run:
     scaler: torch.amp.GradScaler  # does nothing but under fp16
     lr: float  # the peak of the schedule
     folder: RunFolder | None = None  # on rank 0
+    inputs: Callable = lambda images, labels: (normalize(images),)  # a micro-batch -> what the model is called with
+    min_lr: float = 0.0  # the end of the schedule
 
 
 def build_run(args, length, device):
@@ -278,15 +277,15 @@ def save(run, step, sums):
 
 
 def forward_backward(run, micro_batches, step):
-    """Gradients of one optimizer step: uint8 micro-batches -> {"loss": (), each loss term: (), "grad_norm": ()}, on the device."""
+    """Gradients of one optimizer step: micro-batches (uint8 images, labels) -> {"loss": (), each loss term: (), "grad_norm": ()}, on the device."""
     run.optimizer.zero_grad()
     sums = {}
-    for i, images in enumerate(micro_batches):
+    for i, micro_batch in enumerate(micro_batches):
         seed_torch(run.args.seed, "step", step, i, dist.get_rank())  # masks, mixing and all other draws of this micro-step
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else run.ddp.no_sync():  # processes exchange gradients once a step
             with autocast(run.args, run.device):
-                loss, metrics = run.ddp(normalize(images))
+                loss, metrics = run.ddp(*run.inputs(*micro_batch))
             run.scaler.scale(loss / len(micro_batches)).backward()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0) + value / len(micro_batches)
@@ -304,8 +303,9 @@ def mean_over_processes(values, device):
 
 def optimizer_step(run, micro_batches, step, stop_asked):
     """One step on this process's micro-batches -> (values as floats, finite). A step that is not finite changes no weight."""
+    lr = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs, run.min_lr)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs)
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # finetune.py's layer-wise decay
     values = forward_backward(run, micro_batches, step)
     values = mean_over_processes({**values, "stop": float(stop_asked)}, run.device)
     finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -377,22 +377,38 @@ class Meter:
                 "memory_mb": peak_memory_mb(run.device)}
 
 
-def end_epoch(run, row, images, masks=None):
-    """Rank 0 at the end of an epoch: the pictures, the last log row, and both told."""
+def report(run, row, images, epoch_ends, held_out):
+    """A log row, completed and written: the method's numbers of `images`; at the end of an epoch val_loss and the pictures as well.
+
+    held_out: (uint8 val images, masks or None), or None: then the pictures are of `images`.
+    """
+    if epoch_ends and held_out:
+        row["val_loss"] = evaluate(run, held_out[0])
+    if not run.folder:
+        return
+    row |= look(run, images[:64])[1]
+    if not epoch_ends:
+        return run.folder.log(row)
     epoch = round(row["epoch"])
-    panels, titles, numbers = illustrate(run, images, masks)
+    panels, titles, numbers = illustrate(run, *(held_out or (images,)))
     row = {**numbers, **row}  # the row's own accuracy, of training images, stays
     run.folder.picture(f"epoch-{epoch:04d}.png", picture_sheet(panels[:8], titles))
+    end_epoch(run, row)
+
+
+def end_epoch(run, row):
+    """Rank 0: the last log row of an epoch, written, drawn and told."""
     run.folder.log(row)
     run.folder.curves()
     shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "epoch")
-    tqdm.write(f"epoch {epoch}/{run.args.epochs}: {', '.join(shown)}")
+    tqdm.write(f"epoch {round(row['epoch'])}/{run.args.epochs}: {', '.join(shown)}")
 
 
-def run_steps(run, stream, sums, stop, broken, held_out):
+def run_steps(run, stream, sums, stop, broken, report):
     """The loop: the steps from run.batches.start on, with the batches of `stream` -> steps done.
 
-    sums: totals of a log interval that a stop cut in two. stop: a list, empty until a signal comes. held_out: (uint8 val images, masks or None), or None.
+    sums: totals of a log interval that a stop cut in two. stop: a list, empty until a signal comes. report(run, row, images, epoch_ends)
+    writes a log row; every process calls it.
     """
     args, folder, start = run.args, run.folder, run.batches.start
     meter, bad_in_row, saved_at = Meter(start, sums), 0, time.perf_counter()
@@ -400,9 +416,9 @@ def run_steps(run, stream, sums, stop, broken, held_out):
         for done in range(start + 1, run.batches.steps + 1):  # steps done once this one is
             asked, micro_batches = time.perf_counter(), []
             for _ in range(args.accumulate):
-                images, _, names = next(stream)
+                images, labels, names = next(stream)
                 broken.count(images, names)
-                micro_batches.append(images.to(run.device, non_blocking=True))
+                micro_batches.append([tensor.to(run.device, non_blocking=True) for tensor in (images, labels)])
             meter.waited += time.perf_counter() - asked
 
             values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop) or broken.too_many)
@@ -420,15 +436,9 @@ def run_steps(run, stream, sums, stop, broken, held_out):
             epoch_ends = done % run.batches.steps_per_epoch == 0
             if (done % args.log_every == 0 or epoch_ends) and meter.sums:
                 row = meter.row(run, done)
-                if epoch_ends and held_out:
-                    row["val_loss"] = evaluate(run, held_out[0])
                 if folder:
-                    row |= look(run, micro_batches[-1][:64])[1]
                     bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
-                    if epoch_ends:
-                        end_epoch(run, row, *(held_out or micro_batches[-1:]))  # without a val set pictures of the last batch
-                    else:
-                        folder.log(row)
+                report(run, row, micro_batches[-1][0], epoch_ends)
                 meter = Meter(done)
             due = epoch_ends or time.perf_counter() - saved_at > 600 or (args.save_every and done % args.save_every == 0)
             must_save = leave or done == run.batches.steps or (due and not bad_in_row)
@@ -451,6 +461,10 @@ def train(args, argv, device):
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     run = build_run(args, len(train_set), device)
     run.folder, batches, held_out = folder, run.batches, None
+    if args.init and not (Path(args.out) / "checkpoint.pt").exists():
+        filled = load_weights(run.model, args.init)
+        if folder:
+            print(f"--init {args.init}: fills {filled}")
     sums = resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     done = batches.start
@@ -466,21 +480,26 @@ def train(args, argv, device):
         folder.cut_log(done)
         announce(run, held_out)
 
-    samples, stop, broken = Samples(train_set, train_transform(args), args.seed), [], BrokenImages()
+    return work(run, Samples(train_set, train_transform(args), args.seed), sums, partial(report, held_out=held_out), farewell)
+
+
+def work(run, samples, sums, report, farewell):
+    """A run from its first step here to its last words: loader, signals, loop -> exit code."""
+    batches, stop, broken = run.batches, [], BrokenImages()
     signals = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, signal.SIG_IGN) for number in signals]  # the loader's processes inherit this: they must outlive the save
     try:
-        stream = iter(loader(samples, batches, args.workers, device.type == "cuda"))
+        stream = iter(loader(samples, batches, run.args.workers, run.device.type == "cuda"))
         for number in signals:
             signal.signal(number, lambda number, frame: stop.append(number))  # only a note: the loop finishes its step, saves and returns
-        done = run_steps(run, stream, sums, stop, broken, held_out)
+        done = run_steps(run, stream, sums, stop, broken, report)
     finally:
         for number, handler in zip(signals, before):
             signal.signal(number, handler)
     farewell(run, done)
     if broken.too_many:
         raise broken.error()
-    if folder and folder.failed:
+    if run.folder and run.folder.failed:
         return 1
     if done == batches.steps:
         return 0
@@ -568,7 +587,7 @@ def benchmark(args, argv, device):
         before = peak_memory_mb(device, restart=True)
         run = build_run(its_args, its_args.batch_size * its_args.accumulate * dist.get_world_size(), device)
         batch = torch.randint(0, 256, (its_args.batch_size, 3, *its_args.image_size), dtype=torch.uint8, device=device)
-        steps.append(partial(optimizer_step, run, [batch] * its_args.accumulate, 0, False))  # at step 0 of a warm-up the rate is 0
+        steps.append(partial(optimizer_step, run, [(batch, None)] * its_args.accumulate, 0, False))  # at step 0 of a warm-up the rate is 0
         steps[-1]()
         memory.append(peak_memory_mb(device) - before)
         with FlopCounterMode(display=False) as counter:

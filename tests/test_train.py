@@ -174,7 +174,7 @@ def test_accumulation_takes_contiguous_slices(folder, tmp_path):
         run_.model.predict = lambda images, _: real(images, next(masks))
         norms = []
         for micro_batches in ([images], [images[:4], images[4:]]):
-            train.forward_backward(run_, micro_batches, 0)
+            train.forward_backward(run_, [(part, None) for part in micro_batches], 0)
             norms.append([p.grad.clone() for p in run_.model.parameters() if p.requires_grad])
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*norms))
     finally:
@@ -353,7 +353,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(folder, tmp_path):
         before = {name: value.clone() for name, value in run_.model.state_dict().items()}
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
         run_.model.decoder.pred.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-        values, finite = train.optimizer_step(run_, [images], 0, False)
+        values, finite = train.optimizer_step(run_, [(images, None)], 0, False)
         assert not finite and all(torch.equal(before[name], value) for name, value in run_.model.state_dict().items())
     finally:
         torch.distributed.destroy_process_group()
