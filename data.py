@@ -41,20 +41,18 @@ COLOURS = [(0.90, 0.30, 0.24), (0.20, 0.60, 0.86), (0.95, 0.77, 0.06), (0.18, 0.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def mean_and_std(images):
-    return (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (MEAN, STD))
+def channels(values, images):
+    return torch.tensor(values, device=images.device).view(3, 1, 1)
 
 
-def normalize(images):
-    """uint8 (B, 3, H, W) -> float32, normalised with the ImageNet mean and standard deviation."""
-    mean, std = mean_and_std(images)
-    return (images.float() / 255 - mean) / std
+def normalize(images, mean=MEAN, std=STD):
+    """uint8 (B, 3, H, W) -> float32, normalised, by default with the ImageNet mean and standard deviation."""
+    return (images.float() / 255 - channels(mean, images)) / channels(std, images)
 
 
 def denormalize(images):
     """The inverse of `normalize`, to floats where [0, 1] is black to white."""
-    mean, std = mean_and_std(images)
-    return images * std + mean
+    return images * channels(STD, images) + channels(MEAN, images)
 
 
 def seed_of(*what):
@@ -219,9 +217,10 @@ NAMES = ("shapes", "cifar10", "cifar100")
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 
-def add_data_args(parser):
+def add_data_args(parser, names=NAMES, **several):
+    """names: of the sets to speak of. several: nargs and default, if --data takes more than one."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="shapes", help=f"a set ({', '.join(NAMES)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
+    group.add_argument("--data", **{"default": "shapes", **several}, help=f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
     group.add_argument("--augment", choices=("none", "fixed-crop", "random-crop", "color-jitter"), default="random-crop",
@@ -331,7 +330,7 @@ class Samples(torch.utils.data.Dataset):
     ones in a row the image is None, and the training process decides.
     """
 
-    def __init__(self, dataset, transform, seed):
+    def __init__(self, dataset, transform, seed=0):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self):
@@ -465,7 +464,9 @@ def picture_sheet(panels, titles):
 
 def line_chart(title, lines):
     """lines {name: [(x, y), ...]} -> a PIL image with the extremes of both axes and a legend."""
-    width, height, left, top, bottom = 420, 260, 50, 40, 234
+    width, left, top = 420, 50, 28 + 14 * math.ceil(len(lines) / 3)  # a legend of three columns
+    bottom = top + 194
+    height = bottom + 26
     chart = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(chart)
     xs, ys = (np.array(axis) for axis in zip(*(point for line in lines.values() for point in line)))
@@ -483,7 +484,7 @@ def line_chart(title, lines):
     for i, (name, line) in enumerate(lines.items()):
         colour = tuple(int(255 * c) for c in COLOURS[i % len(COLOURS)])
         draw.line([place(*point) for point in line], fill=colour, width=2)
-        draw.text((left + i * (width - left) / len(lines), 20), name, fill=colour)
+        draw.text((left + i % 3 * (width - left) / 3, 20 + 14 * (i // 3)), name, fill=colour)
     return chart
 
 
@@ -500,8 +501,9 @@ def curves(folders):
     """The logs of one run folder or of several, to compare them -> one PIL image: each number against the epoch (MixedAE Fig. 6b), each
     list, as the last row has it, against the layer (Fig. 6a). None if there are fewer than two rows."""
     charts, several = {}, len(folders) > 1  # title -> {line: [(x, y), ...]}
-    for folder in folders:
-        rows, run = read_log(folder), str(folder) if several else Path(folder).name
+    names = [Path(folder).name for folder in folders]
+    for folder, name in zip(folders, names):
+        rows, run = read_log(folder), name if names.count(name) == 1 else str(folder)
         for row in rows if len(rows) > 1 else ():
             for name in [name for name in row if name not in NOT_CHARTED]:
                 title = LEVELS.get(name, name)
@@ -516,6 +518,8 @@ def curves(folders):
     if not charts:
         return None
     tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title])) for title in sorted(charts)]
+    height = max(tile.shape[1] for tile in tiles)
+    tiles = [v2.functional.pad(tile, [0, 0, 0, height - tile.shape[1]], fill=255) for tile in tiles]
     return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 

@@ -59,7 +59,37 @@ BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
 # --------------------------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} ({self.prog} --method METHOD -h lists the flags)")
+        raise UserError(f"{message} ({self.prog} -h lists the flags)")
+
+
+def add_run_args(parser):
+    """The flags of any run, pre-training or not."""
+    add = parser.add_argument_group("training").add_argument
+    add("--out", help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA]")
+    add("--epochs", type=int, default=3, help="passes over the set (ours; the papers: 300 to 1600)")
+    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; MAE and MixedAE: 40)")
+    add("--batch-size", type=int, default=32, help="images per process and micro-step (ours)")
+    add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
+    add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
+    add("--lr", type=float, help="absolute learning rate, wins over --blr [neither: ours, for a laptop]")
+    add("--weight-decay", type=float, default=0.05, help="not on biases and one-dimensional parameters (MAE's code; MixedAE Sec. 4.1: as MAE)")
+    add("--seed", type=int, default=0, help="of initialisation, order, augmentation, masks")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: on CUDA bf16, or fp16 on older cards; on CPU fp32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a card")
+    add("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler on CPU)")
+    add("--recompute", action="store_true", help="activation checkpointing: less memory, about a third more time")
+    add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps (ours), and at each epoch's end")
+    add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
+
+
+def check_ranges(parser, args):
+    """One clear line for a number that cannot be."""
+    for flag, (least, bound) in RANGES.items():
+        value = getattr(args, flag, None)
+        if value is not None and not least <= value < bound:  # so written, NaN is refused too
+            parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
 
 
 def parse_args(argv=None, base=()):
@@ -72,27 +102,13 @@ def parse_args(argv=None, base=()):
     first.add_argument("--method", choices=METHODS, default="mixedae", help="what to train")
     method = first.parse_known_args(argv)[0].method
 
-    parser = Parser(prog="train.py", parents=[first], allow_abbrev=False, description=__doc__.splitlines()[0],
+    parser = Parser(prog=f"train.py --method {method}", parents=[first], allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("training").add_argument
-    add("--out", help="the run's folder [runs/METHOD]")
-    add("--epochs", type=int, default=3, help="passes over the set (ours; the papers: 300 to 1600)")
-    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; MAE and MixedAE: 40)")
-    add("--batch-size", type=int, default=32, help="clean images per process and micro-step (ours)")
-    add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
-    add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
-    add("--lr", type=float, help=f"absolute learning rate, wins over --blr [{LAPTOP_LR} where neither is given]")
+    add_run_args(parser)
+    add = parser.add_argument_group("pre-training").add_argument
     add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9 (MAE's code; MixedAE Sec. 4.1: as MAE)")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's, not on biases and one-dimensional parameters (MAE's code; MixedAE Sec. 4.1: as MAE)")
-    add("--seed", type=int, default=0, help="of initialisation, order, augmentation, masks")
     add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published MAE file")
-    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: on CUDA bf16, or fp16 on older cards; on CPU fp32")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is a card")
-    add("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler on CPU)")
-    add("--recompute", action="store_true", help="activation checkpointing: less memory, about a third more time")
     add("--val-images", type=int, default=512, help="images of the val set for val_loss (ours); 0: none")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="a log row each STEPS steps (ours), and at each epoch's end")
-    add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
     add("--draw", nargs="+", metavar="IMAGE", help="draw pictures of these images with the run in --out, and stop")
     add_data_args(parser)
@@ -101,12 +117,7 @@ def parse_args(argv=None, base=()):
 
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
-    for flag, (least, bound) in RANGES.items():
-        value = getattr(args, flag)
-        if value is not None and not least <= value < bound:  # so written, NaN is refused too
-            parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
+    check_ranges(parser, args)
     resolve_sizes(args)
     return args
 
@@ -163,18 +174,21 @@ def build_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
 
 
-def wrap(model, args, device):
-    """DDP around the model, for one process too, so that there is one path. Applies --compile and --recompute."""
+def wrap(model, args, device, *example):
+    """DDP around the model, for one process too, so that there is one path. Applies --compile and --recompute. example: what it is called with."""
     for block in (m for m in model.modules() if isinstance(m, Block)):
         block.recompute = args.recompute
         if args.compile:
             block.compile(dynamic=False)  # in place: the names in the state dict stay
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if dist.get_world_size() > 1:  # DDP orders its buckets anew after the first step, which changes sums: a resumed run would differ
+        buffers = [buffer.clone() for buffer in model.buffers()]  # a BatchNorm would remember the example
         with autocast(args, device):
-            loss, _ = ddp(torch.zeros(args.batch_size, 3, *args.image_size, device=device))
+            loss, _ = ddp(*example)
         loss.backward()
         ddp.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers):
+            buffer.copy_(before)
     return ddp
 
 
@@ -265,14 +279,16 @@ def build_run(args, length, device):
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256
     lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
-    return Run(args, device, batches, model, wrap(model, args, device), build_optimizer(model, args), scaler, lr)
+    ddp = wrap(model, args, device, torch.zeros(args.batch_size, 3, *args.image_size, device=device))
+    return Run(args, device, batches, model, ddp, build_optimizer(model, args), scaler, lr)
 
 
 def save(run, step, sums):
     """encoder.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
-    if run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file)):
+    exports = hasattr(run.model, "export")  # a classifier does not
+    if not exports or run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file)):
         run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
 
 

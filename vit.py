@@ -18,6 +18,7 @@ Letters, used in every file:
 MixedAE writes P for our p and P^2 C for our P; MR-MAE writes l_v, l_m, C for our V, U, D and p^2 for our P.
 Batch first, tokens last but one, always. A `hidden` mask is True where a patch is hidden, always. Images need not be square.
 """
+import argparse
 import math
 import pickle
 import re
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
 
 
 class UserError(ValueError):
@@ -51,8 +53,8 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
 
-def add_size_args(parser):
-    """The flags that fix the shape of encoder and decoder. `resolve_sizes` fills in what was not given."""
+def add_size_args(parser, decoder=True):
+    """The flags that fix the shape of the encoder and, if asked for, of the decoder. `resolve_sizes` fills in what was not given."""
     group = parser.add_argument_group("model size (the defaults are a laptop's; ours)")
     group.add_argument("--image-size", type=int, nargs="+", default=[64], metavar="PIXELS", help="H, or H W; multiples of the patch")
     group.add_argument("--patch-size", type=int, default=8, help="pixels; the papers use 16 at 224 pixels")
@@ -60,6 +62,8 @@ def add_size_args(parser):
     group.add_argument("--width", type=int, help="D, width of the encoder")
     group.add_argument("--depth", type=int, help="blocks of the encoder")
     group.add_argument("--heads", type=int, help="attention heads of the encoder; no state dict shows them")
+    if not decoder:
+        return
     group.add_argument("--decoder-width", type=int, help="512 in MAE and MixedAE Sec. 4.1 (its lightweight decoder: 256)")
     group.add_argument("--decoder-depth", type=int, help="8 in MR-MAE Sec. 4.1 and MixedAE Sec. 4.1 (its lightweight decoder: 2)")
     group.add_argument("--decoder-heads", type=int, help="16 in MAE's code; the papers are silent")
@@ -236,7 +240,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. `recompute` = True trades time for memory: activations are computed again in backward."""
+    """A pre-norm transformer block. `recompute` = True trades time for memory: activations are computed again in backward.
+    `drop_path` is the probability that a sample skips a branch in training (stochastic depth; fine-tuning sets it)."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None):
         super().__init__()
@@ -246,11 +251,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.recompute = False
+        self.recompute, self.drop_path = False, 0.0
 
     def residuals(self, x):  # (B, N, D)
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
+
+    def drop(self, branch):
+        if not self.drop_path:
+            return branch
+        return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
@@ -398,7 +408,8 @@ def build_decoder(args, encoder):
 def load_file(path):
     """A file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing is ever unpickled freely."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their flags; a Namespace does nothing
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:

@@ -263,7 +263,7 @@ def test_curves_compare_runs(tmp_path):
 def test_a_line_goes_through_its_points():
     chart = np.array(data.line_chart("t", {"rise": [(0, 0.0), (1, 1.0)], "fall": [(0, 1.0), (1, 0.0)]}))
     for colour, sign in ((data.COLOURS[0], -1), (data.COLOURS[1], 1)):
-        rows, columns = (chart[40:] == [int(255 * c) for c in colour]).all(-1).nonzero()
+        rows, columns = (chart[44:] == [int(255 * c) for c in colour]).all(-1).nonzero()
         slope = np.polyfit(columns, rows, 1)[0]
         assert np.sign(slope) == sign and np.ptp(columns) > 300 and np.ptp(rows) > 150
 
