@@ -89,7 +89,7 @@ def decode(path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Sets: len(set) and set[i] -> (uint8 (3, H, W), label); `classes` is a list of names, empty without labels
+# Sets: len(set) and set[i] -> (uint8 (3, H, W), label); `classes` is a list of names, empty without labels, `labels` one of numbers
 # --------------------------------------------------------------------------------------------------------------------
 class Files:
     """Image files with labels, or without (label -1)."""
@@ -111,7 +111,7 @@ class Torchvision:
     """A set of torchvision's, its PIL images turned into uint8 tensors."""
 
     def __init__(self, dataset):
-        self.dataset, self.classes = dataset, list(dataset.classes)
+        self.dataset, self.labels, self.classes = dataset, list(dataset.targets), list(dataset.classes)
 
     def __len__(self):
         return len(self.dataset)
@@ -161,6 +161,13 @@ class Shapes:
     def __len__(self):
         return self.length
 
+    def rng(self, i):
+        return np.random.default_rng(seed_of("shapes", self.split, i))
+
+    @property
+    def labels(self):
+        return [int(self.rng(i).integers(len(SHAPES))) for i in range(self.length)]  # the first draw of `draw`
+
     def __getitem__(self, i):
         sample = self.draw(i)
         return sample["image"], sample["label"]
@@ -170,7 +177,8 @@ class Shapes:
 
     def draw(self, i):
         """{"image": uint8 (3, H, W), "label": int, "mask": bool (H, W), "box": (x0, y0, x1, y1) in pixels, ends excluded}."""
-        rng = np.random.default_rng(seed_of("shapes", self.split, i))
+        rng = self.rng(i)
+        label = int(rng.integers(len(SHAPES)))
         (H, W), (y, x) = self.image_size, self.coordinates
         canvas = self.texture(rng, x, y)  # (H, W, 3)
         for _ in range(6):  # clutter: boxes of this image's own palette, anywhere
@@ -178,7 +186,6 @@ class Shapes:
             box = (np.abs(x - cx) < w) & (np.abs(y - cy) < h)
             canvas[box] = 0.5 * canvas[box] + 0.5 * rng.uniform(0, 1, 3).astype(np.float32)
 
-        label = int(rng.integers(len(SHAPES)))
         cx, cy, radius, turn = rng.uniform([-0.25, -0.25, 0.4, -np.pi], [0.25, 0.25, 0.75, np.pi]).tolist()
         cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
         u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)

@@ -144,6 +144,11 @@ def test_normalize_and_its_inverse():
     assert_close(data.denormalize(data.normalize(images)) * 255, images.float(), atol=1e-3, rtol=0)
 
 
+def test_labels_without_images_are_those_of_the_images():
+    shapes = data.Shapes((16, 16), "val", 30)
+    assert shapes.labels == [shapes[i][1] for i in range(30)] and len(set(shapes.labels)) > 5
+
+
 def test_shapes_are_deterministic_disjoint_and_truly_labelled():
     draw = lambda split, i, size=(48, 64): data.Shapes(size, split, 400).draw(i)
     first = draw("train", 7)
