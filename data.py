@@ -350,10 +350,11 @@ class Samples(torch.utils.data.Dataset):
         while len(broken) < 10:
             try:
                 image, label = self.dataset[i]
-                return self.transform(image), label, broken
             except Exception:  # bad files make PIL and torchvision raise all kinds
                 broken.append(self.dataset.name(i))
                 i = int(torch.randint(len(self.dataset), ()))
+            else:
+                return self.transform(image), label, broken
         return None, -1, broken
 
 

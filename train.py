@@ -82,9 +82,9 @@ def add_run_args(parser):
     add("--save-every", type=int, default=0, metavar="STEPS", help="save each STEPS steps too; always each epoch and ten minutes")
 
 
-def check_ranges(parser, args):
+def check_ranges(parser, args, ranges=RANGES):
     """One clear line for a number that cannot be."""
-    for flag, (least, bound) in RANGES.items():
+    for flag, (least, bound) in ranges.items():
         value = getattr(args, flag, None)
         if value is not None and not least <= value < bound:  # so written, NaN is refused too
             parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
@@ -218,8 +218,8 @@ def load_checkpoint(path, args):
     return saved
 
 
-def resume(run):
-    """checkpoint.pt, if there is one, into the run -> the sums of the unfinished log interval."""
+def resume(run, free_flags=FREE_FLAGS):
+    """checkpoint.pt, if there is one, into the run -> the sums of the unfinished log interval. free_flags may have changed."""
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
         return {}
@@ -227,7 +227,7 @@ def resume(run):
     then = {**saved["args"], "global batch": saved["global_batch"]}
     now = {**vars(run.args), "global batch": run.batches.global_batch}
     changed = [f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
-               for key in sorted((then.keys() | now.keys()) - FREE_FLAGS) if then.get(key) != now.get(key)]
+               for key in sorted((then.keys() | now.keys()) - free_flags) if then.get(key) != now.get(key)]
     if changed:
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new run")
     run.model.load_state_dict(saved["model"])
@@ -628,19 +628,27 @@ def benchmark(args, argv, device):
 
 # --------------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    """Parse, join the processes, train or time, leave. Raises SystemExit for every exit code but 0."""
+    """Parse, join the processes, train or time or draw, leave."""
+    def what(args, argv, device):
+        return (draw if args.draw else benchmark if args.benchmark is not None else train)(args, argv, device)
+
+    run_program("train.py", argv, parse_args, what)
+
+
+def run_program(name, argv, parse, what):
+    """what(args, argv, device) -> exit code, between joining the processes and leaving them. Raises SystemExit for every exit code but 0."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = parse_args(argv)
+        args = parse(argv)
         device = start_processes(args)
-        code = (draw if args.draw else benchmark if args.benchmark is not None else train)(args, argv, device)
+        code = what(args, argv, device)
         gc.collect()  # the DDP module goes before its process group, or gloo aborts now and then
         dist.barrier()
     except UserError as error:
         code = error.code
         if os.environ.get("RANK", "0") != "0":  # most mistakes are the same everywhere: let rank 0 say its line, then torchrun ends this one
             time.sleep(15)
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
     except Exception:  # not re-raised: its frames would hold the loader, whose processes ignore the signal that ends them at exit
         traceback.print_exc()
         code = 1
