@@ -97,7 +97,7 @@ for method, *flags in [*([method] for method in train.METHODS), *{[["mixedae", *
     torch.manual_seed(0)
     alone = train.METHODS[method](args)
     torch.manual_seed(0)
-    wrapped = train.wrap(train.METHODS[method](args), args, device)
+    wrapped = train.wrap(train.METHODS[method](args), args, device, torch.zeros(8, 3, 16, 16))
     assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
     images = torch.randn(16, 3, 16, 16)
     mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
