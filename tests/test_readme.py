@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+import finetune
 import train
 from conftest import ROOT
 
@@ -29,18 +30,21 @@ def test_ci_runs_the_readmes_test_command():
 
 def commands():
     blocks = "\n".join(re.findall(r"```sh\n(.+?)```", README, re.S)).replace("\\\n", " ")
-    return sorted({line.split("#")[0].split("train.py", 1)[1].strip() for line in blocks.splitlines() if "train.py" in line and "..." not in line})
+    found = {re.search(r"(train|finetune)\.py\b(.*)", line.split("#")[0]) for line in blocks.splitlines() if "..." not in line}
+    return sorted({(match[1], match[2].strip()) for match in found if match})
 
 
-@pytest.mark.parametrize("flags", commands())
-def test_every_command_is_understood(flags):
-    train.parse_args(shlex.split(flags))
+@pytest.mark.parametrize("program, flags", commands())
+def test_every_command_is_understood(program, flags):
+    {"train": train, "finetune": finetune}[program].parse_args(shlex.split(flags))
 
 
 def test_every_flag_named_in_the_readme_exists():
     known = set()
     for method in train.METHODS:
         known |= {"--" + name.replace("_", "-") for name in vars(train.parse_args(["--method", method]))}
+    for protocol in finetune.DEFAULTS:
+        known |= {"--" + name.replace("_", "-") for name in vars(finetune.parse_args(["--protocol", protocol]))}
     named = set(re.findall(r"`(--[a-z-]+)", README))
     assert named - known - {"--no-norm-pix"} == set()
 

@@ -1,0 +1,859 @@
+"""What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, and k nearest neighbours, on any labelled set.
+
+Reading order of the project: vit -> mrmae -> mixedae -> data -> train -> **finetune**.
+
+    python finetune.py --encoder runs/mixedae/encoder.pt --protocol linear --cache-features            # a probe on `shapes`, in a minute
+    python finetune.py --encoder none --protocol linear --cache-features                               # its baseline: a random encoder
+    python finetune.py --encoder mae_pretrain_vit_base.pth --protocol finetune --data path/to/imagenet   # a published file
+    python finetune.py --encoder ... --protocol finetune --data aircraft cars pets                     # several sets, one row of a table
+    python finetune.py --evaluate runs/a runs/b --data ... --predict path/to/images                    # finished classifiers, as an ensemble
+
+A protocol decides what is trained on top of the encoder:
+
+    finetune    images -- encoder, all of it trained --> mean of the patch tokens (B, D) -- new LayerNorm, linear --> logits (B, classes)
+    linear      images -- encoder, frozen --> CLS or mean of the patches (B, D) -- BatchNorm without affine, linear --> logits
+    attentive   images -- encoder, frozen --> patches (B, L, D) -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
+
+Sources: MixedAE Sec. 4.2 and 4.3 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A for attentive probing,
+MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do it):
+    - MixUp, CutMix and RandAugment are torchvision's. MixUp's partner is the neighbour in the batch (timm: the batch reversed); RandAugment
+      applies every operation with fixed magnitude (timm: each with probability .5, magnitude noise .5, and "increasing" operations).
+    - The random crop of the probes tries ten times for a crop that fits (the authors' draw once and clamp it).
+    - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch).
+    - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet.
+"""
+import argparse
+import csv
+import json
+import sys
+import xml.etree.ElementTree
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.datasets
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from data import (MEAN, NAMES, STD, Batches, Cover, RunFolder, Samples, add_data_args, heat_map, loader, normalize, open_folder, open_sets,
+                  picture_sheet, read_log, train_transform)
+from train import RANGES, Parser, Run, add_run_args, amp_dtype, autocast, check_ranges, end_epoch, resume, run_program, work, wrap
+from train import parse_args as train_args
+from vit import UserError, ViT, add_size_args, build_encoder, init_weights, load_file, resize_positions, unpack_encoder
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
+# What differs between protocols. The numbers of the papers are README commands; epochs, batch, warm-up and rate are ours, for a laptop.
+DEFAULTS = {
+    "finetune": dict(epochs=10, batch_size=64, warmup_epochs=1, weight_decay=0.05, crop_scale=[0.08, 1.0]),  # MAE's code; crop_scale: timm's
+    "linear": dict(epochs=20, batch_size=256, warmup_epochs=2, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # MAE's code: LARS without decay
+    "attentive": dict(epochs=20, batch_size=256, warmup_epochs=2, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # CAE Appendix A
+}
+LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1}  # absolute, for AdamW, LARS and SGD; ours, but 6.4, which is MAE's .1 x 16384 / 256
+MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code, twice; CAE's code
+LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
+           "randaugment": (0, 31), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "batch_size", "accumulate",
+              "evaluate", "predict", "several"}  # may differ when a run resumes (batch size and accumulation if B' stays)
+
+
+def parse_args(argv=None):
+    """Flags -> args. Two phases, --protocol first, because each protocol has flags and defaults of its own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = Parser(prog="finetune.py", add_help=False, allow_abbrev=False)
+    first.add_argument("--protocol", choices=DEFAULTS, default="linear", help="what is trained on top of the encoder")
+    protocol = first.parse_known_args(argv)[0].protocol
+
+    parser = Parser(prog=f"finetune.py --protocol {protocol}", parents=[first], allow_abbrev=False, description=__doc__.splitlines()[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what to evaluate").add_argument
+    add("--encoder", default="runs/mixedae/encoder.pt", help="an encoder.pt, a published file (README.md lists them), or none: random weights")
+    add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, several as an ensemble of averaged probabilities, and stop")
+    add("--predict", metavar="FOLDER", help="with --evaluate: the classes of the images in this folder, as a CSV")
+    add("--label-fraction", type=float, default=1.0, help="use this share of each class's training images (ours)")
+    add_run_args(parser)
+    add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
+    add_size_args(parser, decoder=False)
+    if protocol == "finetune":
+        add_finetune_args(parser)
+    else:
+        add = parser.add_argument_group("probes").add_argument
+        add("--cache-features", action="store_true", help="compute the features once, of the whole image: no augmentation, but seconds instead of minutes")
+        add("--neighbours", type=int, default=20, help="k of the k-nearest-neighbour accuracy that cached features give for free (DINO: 20)")
+    if protocol != "attentive":
+        add("--feature", choices=("cls", "mean"), help="the class token or the mean of the patch tokens [finetune: mean; linear: as the encoder's authors]")
+    parser.set_defaults(image_size=None, patch_size=None, size=None, **DEFAULTS[protocol])
+
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, LIMITS)
+    args.data = args.data or ([] if args.evaluate else ["shapes"])
+    args.several = len(args.data) > 1
+    return args
+
+
+def add_finetune_args(parser):
+    """Numbers of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows; CAE's (Appendix A) are the same ones."""
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--layer-decay", type=float, default=0.65, help="each layer below the head learns at this much of the rate above it")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block, rising linearly from 0 in the first")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--mixup", type=float, default=0.8, help="alpha of MixUp; 0: off")
+    add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0: off. With both, a coin decides for each batch")
+    add("--randaugment", type=int, default=9, help="magnitude of two RandAugment operations; 0: off")
+    add("--erasing", type=float, default=0.25, help="probability of erasing a random box of an image")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoders
+# --------------------------------------------------------------------------------------------------------------------
+# Published layouts: where the weights lie in the file, and how its names become ours. All of them are plain ViTs, whose names ours has too.
+Layout = namedtuple("Layout", "name inside feature heads_and_more")
+LAYOUTS = (
+    Layout("MAE or timm", ("model", "state_dict"), "cls", r"head|fc_norm|decoder|mask_token"),
+    Layout("DINO", ("teacher", "student"), "cls", r"head|fc_norm"),
+)
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of published ViTs, by width: no state dict shows them
+
+
+def strip_prefixes(weights):
+    """Names without what wrappers put before them, as often as it is there."""
+    while (prefix := next((p for p in PREFIXES if weights and any(name.startswith(p) for name in weights)), None)) is not None:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def read_published(state, path, heads):
+    """A published file's content -> (weights by our names, shape of the ViT, feature, which layout)."""
+    layout = next((row for row in LAYOUTS if any(isinstance(state.get(key), dict) for key in row.inside)), LAYOUTS[0])
+    weights = next((state[key] for key in layout.inside if isinstance(state.get(key), dict)), state)
+    weights = strip_prefixes({name: value for name, value in weights.items() if isinstance(value, torch.Tensor)})
+    try:
+        width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+        mlp_ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / width
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: no Vision Transformer in it (looked for patch_embed.proj.weight, pos_embed and blocks.0.mlp.fc1.weight)") from None
+    if heads is None and width not in HEADS:
+        raise UserError(f"{path}: its file does not say how many heads a ViT of width {width} has; give --heads")
+    layer_scale = 1.0 if "blocks.0.ls1.gamma" in weights else None
+    shape = dict(image_size=[side * patch_size] * 2, patch_size=patch_size, width=width, depth=depth, heads=heads or HEADS[width],
+                 channels=channels, mlp_ratio=mlp_ratio, layer_scale=layer_scale)
+    return weights, shape, layout.feature, layout.name
+
+
+def open_encoder(args):
+    """--encoder -> (ViT at --image-size, info, state of a LayerNorm for mean features or None). info has method, feature, mean, std."""
+    info, fc_norm = {"method": "random", "feature": "cls", "mean": list(MEAN), "std": list(STD)}, None
+    sizes = {flag: getattr(args, flag) for flag in ("image_size", "patch_size", "size", "width", "depth", "heads") if getattr(args, flag) is not None}
+    if args.encoder == "none":
+        given = [word for flag, value in sizes.items() for word in (f"--{flag.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+        return build_encoder(train_args(["--method", "mixedae", *map(str, given)])), info, fc_norm
+
+    state = load_file(args.encoder)
+    if not isinstance(state, dict):
+        raise UserError(f"{args.encoder}: holds no weights by name")
+    if {"config", "state_dict"} <= state.keys():
+        _, info = unpack_encoder(state)
+        weights, shape = state["state_dict"], {key: value for key, value in state["config"].items() if key != "kind"}
+    else:
+        weights, shape, info["feature"], layout = read_published(state, args.encoder, args.heads)
+        info["method"] = Path(args.encoder).stem
+        ours = ViT(**shape).state_dict()
+        if "fc_norm.weight" in weights and "norm.weight" not in weights:
+            fc_norm = {key: weights[f"fc_norm.{key}"] for key in ("weight", "bias")}
+            weights = {**weights, **{f"norm.{key}": value for key, value in fc_norm.items()}}
+            print(f"{args.encoder}: fine-tuned with mean pooling; its fc_norm {'fills the new LayerNorm' if args.protocol == 'finetune' else 'stands for norm'}")
+        missing = [name for name in ours if name not in weights]
+        wrong = [f"{name} {tuple(weights[name].shape)} (here {tuple(value.shape)})" for name, value in ours.items()
+                 if name in weights and weights[name].shape != value.shape]
+        left = weights.keys() - ours.keys()
+        strange = sorted(name for name in left if name.split(".")[0] in ("blocks", "patch_embed", "norm", "norm_pre", "reg_token"))
+        if missing or wrong or strange:
+            found = [f"no {name}" for name in missing] + wrong + [f"{name}, which our ViT has not" for name in strange]
+            raise UserError(f"{args.encoder}: does not fit a ViT: {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}")
+        print(f"{args.encoder}: {layout} layout, all {len(ours)} tensors of the encoder found, {len(left)} others (heads, decoder) left aside")
+        weights = {name: weights[name] for name in ours}
+
+    for flag in ("patch_size", "width", "depth", "heads"):
+        if sizes.get(flag, shape[flag]) != shape[flag]:
+            raise UserError(f"--{flag.replace('_', '-')} {sizes[flag]}: {args.encoder} has {shape[flag]}; leave the flag out")
+    if "size" in sizes:
+        raise UserError(f"--size {args.size}: {args.encoder} has a size of its own; leave the flag out")
+    size = sizes.get("image_size", shape["image_size"])
+    encoder = ViT(**{**shape, "image_size": [size[0], size[-1]]})
+    grid = [side // shape["patch_size"] for side in shape["image_size"]]
+    encoder.load_state_dict({**weights, "pos_embed": resize_positions(weights["pos_embed"], grid, encoder.grid)})
+    return encoder, info, fc_norm
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labelled sets
+# --------------------------------------------------------------------------------------------------------------------
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train "
+               "tvmonitor").split()
+
+
+def voc_labels(dataset):
+    """Which classes an image shows, (20,) each; an object marked difficult does not count (Ericsson et al., CVPR 2021)."""
+    labels = []
+    for path in dataset.targets:
+        objects = xml.etree.ElementTree.parse(path).getroot().iter("object")
+        shown = {thing.findtext("name") for thing in objects if thing.findtext("difficult", "0").strip() == "0"}
+        labels.append([float(name in shown) for name in VOC_CLASSES])
+    return labels
+
+
+# The transfer sets of MixedAE Table 2 but for CIFAR, which data.py opens: torchvision's class, arguments of the training splits and of
+# the test split (or lists of files that choose one), labels, classes, the metric of the literature, sizes, and what to do by hand.
+Row = namedtuple("Row", "kind train test labels classes metric sizes by_hand")
+SETS = {
+    "aircraft": Row("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "mean_per_class", (6667, 3333), ""),
+    "caltech101": Row("Caltech101", "caltech101/train.txt", "caltech101/test.txt", lambda d: d.y, lambda d: d.categories, "mean_per_class", None,
+                      "it has no official split: put lists of lines like accordion/image_0001.jpg into caltech101/train.txt and caltech101/test.txt"),
+    "cars": Row("StanfordCars", [{"split": "train"}], {"split": "test"}, lambda d: [y for _, y in d._samples], lambda d: d.classes, "top1", (8144, 8041),
+                "its download is dead: put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into stanford_cars/"),
+    "dtd": Row("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "top1", (3760, 1880), ""),
+    "flowers": Row("Flowers102", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: list(range(1, 103)),
+                   "mean_per_class", (2040, 6149), ""),
+    "food": Row("Food101", [{"split": "train"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "top1", (75750, 25250), ""),
+    "pets": Row("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "mean_per_class", (3680, 3669), ""),
+    "sun397": Row("SUN397", "SUN397/Training_01.txt", "SUN397/Testing_01.txt", lambda d: d._labels, lambda d: d.classes, "top1", (19850, 19850),
+                  "its download is dead: put the folder SUN397/ with Training_01.txt and Testing_01.txt of its Partitions.zip there"),
+    "voc2007": Row("VOCDetection", [{"year": "2007", "image_set": "trainval"}], {"year": "2007", "image_set": "test"}, voc_labels,
+                   lambda d: VOC_CLASSES, "map11", (5011, 4952), ""),
+}
+
+
+class Labelled:
+    """Samples of data sets with their labels at hand: set[i] -> (uint8 (3, h, w), label). parts: [(data set, labels), ...]."""
+
+    def __init__(self, parts, classes, chosen=None):
+        self.parts, self.classes = parts, list(classes)
+        self.where = [(part, i) for part, (_, labels) in enumerate(parts) for i in range(len(labels))] if chosen is None else chosen
+
+    def __len__(self):
+        return len(self.where)
+
+    def label(self, i):
+        part, j = self.where[i]
+        return self.parts[part][1][j]
+
+    def __getitem__(self, i):
+        part, j = self.where[i]
+        image = self.parts[part][0][j][0]
+        if not isinstance(image, torch.Tensor):  # torchvision's sets give PIL images
+            image = v2.functional.pil_to_tensor(image.convert("RGB"))
+        return image, self.label(i)
+
+    def name(self, i):
+        part, j = self.where[i]
+        dataset = self.parts[part][0]
+        return dataset.name(j) if hasattr(dataset, "name") else f"sample {j} of {type(dataset).__name__}"
+
+    def choose(self, indices):
+        return Labelled(self.parts, self.classes, [self.where[i] for i in indices])
+
+
+def list_chooses(dataset, labels, path):
+    """Indices of a data set's images that a text file of paths names, '/abbey/sun_x.jpg' or 'accordion/image_0001.jpg'."""
+    if hasattr(dataset, "_image_files"):  # SUN397, whose own order depends on the disk
+        place = {"/" + file.relative_to(dataset._data_dir).as_posix(): i for i, file in enumerate(dataset._image_files)}
+    else:  # Caltech101
+        place = {f"/{dataset.categories[y]}/image_{dataset.index[i]:04d}.jpg": i for i, y in enumerate(labels)}
+    lines = ["/" + line.strip().lstrip("/") for line in Path(path).read_text().splitlines() if line.strip()]
+    missing = [line for line in lines if line not in place]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of its {len(lines)} images are not there, the first is {missing[0]}")
+    return [place[line] for line in lines]
+
+
+def open_transfer_set(name, args):
+    """A row of SETS -> (training set, test set), sizes checked."""
+    row = SETS[name]
+    kind, root = getattr(torchvision.datasets, row.kind), Path(args.data_root)
+    extra = {"download": args.download}
+    try:
+        if isinstance(row.train, str):  # a list of files is the split
+            dataset = kind(root, **extra)
+            labels = row.labels(dataset)
+            whole = Labelled([(dataset, labels)], row.classes(dataset))
+            train, test = (whole.choose(list_chooses(dataset, labels, root / path)) for path in (row.train, row.test))
+        else:
+            parts = [kind(root, **{**split, **extra}) for split in row.train]
+            train = Labelled([(part, row.labels(part)) for part in parts], row.classes(parts[0]))
+            last = kind(root, **{**row.test, **extra})
+            test = Labelled([(last, row.labels(last))], row.classes(last))
+        train[0], test[0]  # some sets find out here that scipy is missing
+    except UserError:
+        raise
+    except Exception as error:  # each set and each server fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        advice = "pip install scipy" if "scipy" in reason.lower() else row.by_hand or "add --download"
+        raise UserError(f"--data {name}: {reason} -- looked below {args.data_root} (--data-root); {advice}") from None
+    if row.sizes and (len(train), len(test)) != row.sizes:
+        raise UserError(f"--data {name}: {len(train)} training and {len(test)} test images below {args.data_root}, not {row.sizes[0]} and {row.sizes[1]}; "
+                        f"is it complete?")
+    return train, test
+
+
+def open_labelled(name, args):
+    """A word of --data -> (training set, test set, metric)."""
+    if name in SETS:
+        train, test = open_transfer_set(name, args)
+        metric = SETS[name].metric
+    else:
+        found = open_sets(argparse.Namespace(**{**vars(args), "data": name}))
+        if found[1] is None:
+            raise UserError(f"--data {name}: has no test images; put them into {name}/val or {name}/test, beside {name}/train")
+        if not (found[0].classes and found[1].classes):
+            raise UserError(f"--data {name}: has no labels; a labelled folder has one folder a class below train/ and val/")
+        if list(found[0].classes) != list(found[1].classes):
+            differ = sorted(set(found[0].classes) ^ set(found[1].classes))
+            raise UserError(f"--data {name}: training and test images have different classes, the first that differs is {differ[0]}")
+        train, test = (Labelled([(part, part.labels)], part.classes) for part in found)
+        metric = "top1"
+    if len(train.classes) < 2:
+        raise UserError(f"--data {name}: has one class only ({train.classes[0]}); nothing can be told apart")
+    if args.label_fraction < 1:
+        train = fewer_labels(train, args)
+    return train, test, metric
+
+
+def fewer_labels(train, args):
+    """--label-fraction of each class's images, at least one, always the same ones for a seed."""
+    if isinstance(train.label(0), list):
+        raise UserError("--label-fraction: is for one label an image; leave it out for voc2007")
+    by_class = {}
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    for i in order:
+        by_class.setdefault(train.label(i), []).append(i)
+    return train.choose(sorted(i for ids in by_class.values() for i in ids[: max(1, round(args.label_fraction * len(ids)))]))
+
+
+class EachOnce(torch.utils.data.Dataset):
+    """(epoch, i) -> (image, label, broken names) for testing: every sample counts once, so a broken image is shown black, and named."""
+
+    def __init__(self, dataset, image_size):
+        self.dataset, self.image_size, self.transform = dataset, image_size, ForTesting(image_size)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        _, i = index
+        try:
+            image, label = self.dataset[i]
+        except Exception:  # bad files make PIL and torchvision raise all kinds
+            return torch.zeros(3, *self.image_size, dtype=torch.uint8), self.dataset.label(i), [self.dataset.name(i)]
+        return self.transform(image), label, []
+
+
+class ForTesting:
+    """MAE's: 256 pixels for 224, then the centre; an image that has the size already is left as it is (ours)."""
+
+    def __init__(self, image_size):
+        self.image_size = list(image_size)
+        self.crop = v2.Compose([Cover([int(s * 256 / 224) if s <= 224 else s for s in image_size]), v2.CenterCrop(self.image_size)])
+
+    def __call__(self, image):
+        return image if list(image.shape[-2:]) == self.image_size else self.crop(image)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is trained on top of an encoder
+# --------------------------------------------------------------------------------------------------------------------
+class AttentiveHead(nn.Module):
+    """CAE Sec. 5.2: one cross-attention of a learned query over the frozen patches; no MLP, no skip; BatchNorm without affine; linear.
+
+    As in CAE's code the query starts at zero (so every patch counts the same at first), query, keys and values pass a LayerNorm each,
+    and keys have no bias. CAE's code lets the class token in as a key; the paper says patches, and so do we.
+    """
+
+    def __init__(self, width, heads, classes):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.q, self.k, self.v, self.proj = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width), nn.Linear(width, width)
+        self.apply(init_weights)
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.fc = linear_head(width, classes)
+
+    def attend(self, patches):
+        """patches (B, L, D) -> attention of the query (B, H, 1, L), values (B, H, L, D / H)."""
+        B, L, D = patches.shape
+        q = self.q(self.norm_q(self.query)).view(1, 1, self.heads, D // self.heads).transpose(1, 2)  # (1, H, 1, D / H)
+        k = self.k(self.norm_k(patches)).view(B, L, self.heads, D // self.heads).transpose(1, 2)  # (B, H, L, D / H)
+        v = self.v(self.norm_v(patches)).view(B, L, self.heads, D // self.heads).transpose(1, 2)
+        scores = q @ k.transpose(-2, -1) / (D // self.heads) ** 0.5
+        return scores.softmax(dim=-1), v
+
+    def forward(self, patches):  # (B, L, D) -> logits
+        attention, v = self.attend(patches)
+        pooled = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(1)  # (B, D)
+        return self.fc(self.norm(self.proj(pooled)))
+
+
+def linear_head(width, classes, std=0.01):
+    """A linear layer as MAE's and CAE's code start it."""
+    head = nn.Linear(width, classes)
+    nn.init.normal_(head.weight, std=std)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class Classifier(nn.Module):
+    """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {"accuracy"...}; logits(inputs) -> (B, classes).
+
+    inputs: normalised images (B, 3, H, W), or with cached features what `features` returned for them.
+    """
+
+    def __init__(self, encoder, info, fc_norm, args, classes, multi_label):
+        super().__init__()
+        self.encoder, self.protocol, self.multi_label = encoder, args.protocol, multi_label
+        self.frozen = args.protocol != "finetune"
+        self.feature = "patches" if args.protocol == "attentive" else args.feature or (info["feature"] if self.frozen else "mean")
+        D = encoder.width
+        if self.frozen:
+            encoder.requires_grad_(False)
+            # eps: MAE's code. Its running mean forgets (momentum .1) and needs some fifty steps to forget its start at zero; the features
+            # of a frozen encoder do not move, so here it is the average of all batches (None), which is right from the first one on.
+            batch_norm = nn.BatchNorm1d(D, affine=False, eps=1e-6, momentum=None)
+            heads = encoder.config["heads"]  # CAE-B's are 12, as its encoder's
+            self.head = AttentiveHead(D, heads, classes) if args.protocol == "attentive" else nn.Sequential(batch_norm, linear_head(D, classes))
+            return
+        encoder.pos_embed.requires_grad_(True)  # MAE's code: trained, after it was resized
+        for block, rate in zip(encoder.blocks, torch.linspace(0, args.drop_path, len(encoder.blocks)).tolist()):
+            block.drop_path = rate
+        self.fc_norm = nn.Identity()
+        if self.feature == "mean":  # the mean of raw patch tokens, then a LayerNorm of its own, in place of the encoder's
+            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(D, eps=1e-6)
+            if fc_norm:
+                self.fc_norm.load_state_dict(fc_norm)
+        self.head = linear_head(D, classes, std=2e-5)  # MAE's code
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def features(self, images):
+        """Normalised images (B, 3, H, W) -> (B, D), for the attentive protocol (B, L, D)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D)
+        if self.feature == "cls":
+            return tokens[:, 0]
+        return tokens[:, 1:].mean(dim=1) if self.feature == "mean" else tokens[:, 1:]
+
+    def logits(self, inputs):
+        features = self.features(inputs) if inputs.ndim == 4 else inputs
+        return self.head(features if self.frozen else self.fc_norm(features)).float()
+
+    def forward(self, inputs, targets):
+        """targets: classes (B,), or their probabilities (B, classes)."""
+        logits = self.logits(inputs)
+        loss = F.binary_cross_entropy_with_logits(logits, targets) if self.multi_label else F.cross_entropy(logits, targets)
+        return loss, {}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# --------------------------------------------------------------------------------------------------------------------
+def layer_decay_groups(model, layer_decay, weight_decay):
+    """Parameter groups of AdamW with layer-wise learning rates (MAE's code, after BEiT): "lr_scale" = layer_decay^(depth + 1 - layer).
+
+    Layer 0: class token, positions, patch embedding; layer i: block i; layer depth + 1: all that follows. No weight decay on
+    one-dimensional parameters, positions and the class token.
+    """
+    depth, groups = len(model.encoder.blocks), {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        part = name.removeprefix("encoder.").split(".")
+        layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else int(part[1]) + 1 if part[0] == "blocks" else depth + 1
+        decay = 0.0 if p.ndim == 1 or part[0] in ("cls_token", "pos_embed") else weight_decay
+        group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)})
+        group["params"].append(p)
+    return list(groups.values())
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al.), as MAE's linear probe has it: a matrix's step, weight decay included, is scaled by
+    trust |w| / |step|; vectors take plain steps with neither. The rate stands outside the momentum."""
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                step = p.grad
+                if p.ndim > 1:
+                    step = step + group["weight_decay"] * p
+                    w, g = p.norm(), step.norm()
+                    step = step * torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
+                buffer = self.state[p].setdefault("mu", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(step)
+                p.sub_(group["lr"] * buffer)
+
+
+def build_optimizer(model, args):
+    """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A and its code)."""
+    if args.protocol == "finetune":
+        return torch.optim.AdamW(layer_decay_groups(model, args.layer_decay, args.weight_decay), lr=0.0, betas=(0.9, 0.999), fused=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if args.protocol == "linear":
+        return LARS(params, weight_decay=args.weight_decay)
+    return torch.optim.SGD(params, lr=0.0, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the model is called with in training
+# --------------------------------------------------------------------------------------------------------------------
+def fine_tuning_transform(args):
+    """Crop and flip as in pre-training (--augment), then RandAugment, on uint8 tensors."""
+    parts = [train_transform(args)]
+    if args.randaugment:
+        parts.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment, interpolation=v2.InterpolationMode.BILINEAR,
+                                    fill=[int(255 * channel) for channel in MEAN]))
+    return v2.Compose(parts)
+
+
+def augmented(images, labels, args, info, classes, multi_label):
+    """A batch on the device -> (normalised images, targets (B, classes)): erasing image by image, MixUp or CutMix, label smoothing."""
+    x = normalize(images, info["mean"], info["std"])
+    erase = v2.RandomErasing(p=args.erasing, value="random")  # of normal noise: after normalising
+    x = torch.stack([erase(image) for image in x])
+    targets = labels if multi_label else F.one_hot(labels, classes).float()  # (B, classes)
+    mixers = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    if mixers:
+        x, targets = v2.RandomChoice(mixers)(x, targets)
+    return x, targets if multi_label else targets * (1 - args.smoothing) + args.smoothing / classes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Testing
+# --------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def over_the_set(function, dataset, args, device):
+    """function(uint8 images (b, 3, H, W)) -> (b, ...) over a whole set, shared out over the processes -> (N, ...) float32, in order, on
+    every process. Every sample counts once, whatever the number of processes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    chunks = torch.arange(len(dataset)).split(args.batch_size)[rank::world]
+    stream = loader(dataset, [[(0, i) for i in chunk.tolist()] for chunk in chunks], args.workers, device.type == "cuda")
+    mine, shape = [], torch.zeros(4, dtype=torch.long, device=device)
+    for images, _, names in tqdm(stream, desc="testing", leave=False, disable=rank > 0):
+        for name in names:
+            tqdm.write(f"warning: {name} is broken; it counts as a black image", file=sys.stderr)
+        with autocast(args, device):
+            mine.append(function(images.to(device)).float())
+    if mine:
+        tail = mine[0].shape[1:]
+        shape[: len(tail) + 1] = torch.tensor([len(tail), *tail])
+    dist.all_reduce(shape, dist.ReduceOp.MAX)  # a process without a sample does not know it
+    out = torch.zeros(len(dataset), *shape[1 : 1 + shape[0]].tolist(), device=device)
+    for chunk, values in zip(chunks, mine):
+        out[chunk.to(device)] = values
+    dist.all_reduce(out)  # each row is filled by one process, so the sum is exact
+    return out
+
+
+def labels_of(dataset):
+    """(N,) classes, or (N, classes) for many labels an image."""
+    return torch.tensor([dataset.label(i) for i in range(len(dataset))])
+
+
+def confusion_matrix(predicted, labels, classes):
+    """How often class i was taken for class j: (classes, classes)."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def average_precision_11(scores, positive):
+    """VOC2007's: the mean over the recalls 0, .1, .., 1 of the best precision at that recall or a higher one. scores (N,), positive (N,)."""
+    hits = positive[scores.argsort(descending=True, stable=True)].double()
+    recall, precision = hits.cumsum(0) / hits.sum(), hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    best = [precision[recall >= level - 1e-12].max() if (recall >= level - 1e-12).any() else torch.tensor(0.0) for level in torch.arange(11) / 10]
+    return torch.stack([value.double() for value in best]).mean()
+
+
+def score(scores, labels, metric):
+    """scores (N, classes) and labels -> {metric: per cent}, on the whole test set: never averaged over batches or processes."""
+    scores, labels = scores.cpu(), labels.cpu()
+    if metric == "map11":
+        return {metric: 100 * torch.stack([average_precision_11(scores[:, c], labels[:, c] > 0) for c in range(scores.shape[1])]).mean().item()}
+    matrix = confusion_matrix(scores.argmax(dim=1), labels, scores.shape[1]).double()
+    results = {"top1": 100 * (matrix.diag().sum() / matrix.sum()).item()}
+    if metric == "mean_per_class":
+        seen = matrix.sum(dim=1) > 0
+        results[metric] = 100 * (matrix.diag()[seen] / matrix.sum(dim=1)[seen]).mean().item()
+    return results
+
+
+def nearest_neighbours(train, train_labels, test, classes, k, temperature=0.07):
+    """Scores (N, classes) of the weighted k-nearest-neighbour vote of DINO's code: cosine similarity, weights exp(similarity / .07)."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    votes = []
+    for part in test.split(1024):
+        similarity, ids = (part @ train.T).topk(min(k, len(train)), dim=1)  # (b, k)
+        votes.append(torch.zeros(len(part), classes, device=test.device).scatter_add(1, train_labels.to(test.device)[ids], (similarity / temperature).exp()))
+    return torch.cat(votes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One run
+# --------------------------------------------------------------------------------------------------------------------
+class Cached(torch.utils.data.Dataset):
+    """Features in place of images: (epoch, i) -> (feature, label, no broken names)."""
+
+    def __init__(self, features, labels):
+        self.features, self.labels = features.cpu(), labels.tolist()
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, index):
+        return self.features[index[1]], self.labels[index[1]], []
+
+
+def build_run(args, model, length, folder, inputs, device, example):
+    """The Run of train.py's loop, for a classifier."""
+    batches = Batches(length, args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR[args.protocol])
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    optimizer = build_optimizer(model, args)
+    return Run(args, device, batches, model, wrap(model, args, device, *example), optimizer, scaler, lr, folder, inputs, MIN_LR[args.protocol])
+
+
+class Task:
+    """A classifier, the samples that it is trained and tested on, and how a batch of either becomes its input."""
+
+    def __init__(self, args, train_set, test_set, metric, encoder, info, fc_norm, device):
+        self.args, self.info, self.device, self.metric = args, info, device, metric
+        self.classes, self.labels = test_set.classes, labels_of(test_set)
+        self.model = Classifier(encoder, info, fc_norm, args, len(self.classes), metric == "map11").to(device)
+        self.neighbours = {}
+        self.testing = EachOnce(test_set, args.image_size)
+        self.inputs = self.normalized
+        if self.model.frozen and args.cache_features:
+            self.cache(train_set)
+        elif self.model.frozen:
+            self.samples = Samples(train_set, train_transform(args), args.seed)
+        else:
+            self.samples = Samples(train_set, fine_tuning_transform(args), args.seed)
+            self.inputs = partial(augmented, args=args, info=info, classes=len(self.classes), multi_label=self.model.multi_label)
+
+    def normalized(self, images, labels=None):
+        """A batch -> what the model is called with. Cached features are that already."""
+        return images if images.ndim < 4 else normalize(images, self.info["mean"], self.info["std"]), labels
+
+    def cache(self, train_set):
+        """Features in place of images, for training and testing, and the k-nearest-neighbour numbers that come with them."""
+        self.model.eval()
+        labels, both = labels_of(train_set), []
+        for samples in (EachOnce(train_set, self.args.image_size), self.testing):
+            both.append(over_the_set(lambda images: self.model.features(self.normalized(images)[0]), samples, self.args, self.device))
+        self.samples, self.testing = Cached(both[0], labels), Cached(both[1], self.labels)
+        if not self.model.multi_label:
+            pooled = [x if x.ndim == 2 else x.mean(dim=1) for x in both]
+            votes = nearest_neighbours(pooled[0], labels, pooled[1], len(self.classes), self.args.neighbours)
+            self.neighbours = {f"knn_{self.metric}": score(votes, self.labels, self.metric)[self.metric]}
+
+    def example(self):
+        """A batch of zeros, of the shapes that the model is called with."""
+        B, C = self.args.batch_size, len(self.classes)
+        image, label, _ = self.samples[0, 0]
+        soft = self.model.multi_label or not self.model.frozen  # targets are probabilities
+        return torch.zeros(B, *image.shape, device=self.device), torch.zeros(*((B, C) if soft else (B,)), dtype=torch.float if soft else torch.long, device=self.device)
+
+    def test(self):
+        """Scores (N, classes) of the test set, in order."""
+        self.model.eval()
+        scores = over_the_set(lambda images: self.model.logits(self.normalized(images)[0]), self.testing, self.args, self.device)
+        self.model.train()
+        return scores
+
+    def report(self, run, row, images, epoch_ends):
+        """A log row; at an epoch's end with the test set's numbers, and best.pt if they are the best so far."""
+        if epoch_ends:
+            row |= score(self.test(), self.labels, self.metric)
+        if not run.folder:
+            return
+        if not epoch_ends:
+            return run.folder.log(row)
+        if row[self.metric] >= max([old[self.metric] for old in read_log(self.args.out) if self.metric in old], default=0):
+            run.folder.write("best.pt", lambda file: torch.save(self.finished(), file))
+        end_epoch(run, row)
+
+    def finished(self):
+        """What best.pt holds: all that --evaluate needs."""
+        return {"model": self.model.state_dict(), "config": self.model.encoder.config, "info": {**self.info, "feature": self.model.feature},
+                "args": vars(self.args), "classes": list(self.classes), "metric": self.metric}
+
+
+def build_run(task, folder):
+    """The Run of train.py's loop."""
+    args, device = task.args, task.device
+    batches = Batches(len(task.samples), args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR[args.protocol])
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    ddp = wrap(task.model.train(), args, device, *task.example())
+    return Run(args, device, batches, task.model, ddp, build_optimizer(task.model, args), scaler, lr, folder, task.inputs, MIN_LR[args.protocol])
+
+
+def run_set(args, argv, name, device):
+    """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
+    encoder, info, fc_norm = open_encoder(args)
+    place = f"{info['method']}-{args.protocol}-{Path(name).name}"
+    out = args.out if args.out and not args.several else str(Path(args.out or "runs") / place)
+    args = argparse.Namespace(**{**vars(args), "data": name, "method": info["method"], "image_size": encoder.config["image_size"], "out": out})
+    if args.protocol != "finetune" and args.batch_size < 2:
+        raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
+    train_set, test_set, metric = open_labelled(name, args)
+    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
+    torch.manual_seed(args.seed)  # every process starts from the same head
+    task = Task(args, train_set, test_set, metric, encoder, info, fc_norm, device)
+    run = build_run(task, folder)
+    sums = resume(run, FREE_FLAGS)
+    dist.barrier()  # all have read the checkpoint before rank 0 writes the next
+    if run.batches.start < run.batches.steps:
+        if folder:
+            folder.describe(args, argv)
+            folder.cut_log(run.batches.start)
+            announce(run, train_set, test_set, metric)
+        code = work(run, task.samples, sums, task.report, lambda run, done: None)
+        if code:
+            return code, {}
+    scores = task.test()
+    results = {**score(scores, task.labels, metric), **task.neighbours}
+    if folder:
+        results[f"best_{metric}"] = max(row[metric] for row in read_log(args.out) if metric in row)
+        folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+        show_mistakes(folder, scores, task)
+        if args.protocol == "attentive":
+            show_attention(folder, test_set, task)
+        print(f"{args.out}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
+    return 0, {"metric": metric, **results}
+
+
+def announce(run, train_set, test_set, metric):
+    args = run.args
+    rule = "--lr" if args.lr else f"blr {args.blr:g} x {run.batches.global_batch} / 256" if args.blr else "our default"
+    print(f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, {metric}; "
+          f"features: {run.model.feature}\n{sum(p.numel() for p in run.model.parameters() if p.requires_grad)} trained parameters, batch "
+          f"{run.batches.global_batch}, learning rate {run.lr:g} ({rule}), {args.epochs} epochs x {run.batches.steps_per_epoch} steps, starting at step "
+          f"{run.batches.start}", flush=True)
+
+
+def show_mistakes(folder, scores, task):
+    """confusion.csv, rows the true classes, and its picture, each row divided by its sum; not for many labels an image."""
+    if task.model.multi_label:
+        return
+    matrix = confusion_matrix(scores.argmax(dim=1).cpu(), task.labels, scores.shape[1])
+    lines = [",".join(["true \\ predicted", *map(str, task.classes)])]
+    lines += [",".join([str(name), *map(str, row)]) for name, row in zip(task.classes, matrix.tolist())]
+    folder.write("confusion.csv", lambda file: file.write("\n".join(lines).encode()))
+    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)  # (classes, classes)
+    picture = heat_map(shares.unsqueeze(0), torch.zeros(1, 3, *shares.shape)) / 0.65
+    picture = v2.functional.resize(v2.functional.to_pil_image(picture[0]), [max(256, len(shares))] * 2, interpolation=v2.InterpolationMode.NEAREST)
+    folder.picture("confusion.png", picture)
+
+
+@torch.no_grad()
+def show_attention(folder, test_set, task):
+    """pictures/attention.png: where the learned query looks (CAE Fig. 5), heads averaged, on eight test images."""
+    chosen, model = torch.linspace(0, len(test_set) - 1, 8).long().tolist(), task.model.eval()
+    images = torch.stack([ForTesting(task.args.image_size)(test_set[i][0]) for i in chosen])
+    attention, _ = model.head.attend(model.features(task.normalized(images.to(task.device))[0]))  # (8, H, 1, L)
+    maps = attention.float().mean(dim=1).view(8, *model.encoder.grid).cpu()
+    images = images / 255
+    folder.picture("attention.png", picture_sheet(torch.stack([images, heat_map(maps, images)], dim=1), ["image", "attention of\nthe query"]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# --evaluate
+# --------------------------------------------------------------------------------------------------------------------
+def load_finished(path, device):
+    """A run folder or its best.pt -> (classifier in eval mode, the rest of the file)."""
+    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    saved = load_file(file)
+    if not isinstance(saved, dict) or not {"model", "config", "info", "classes", "metric"} <= saved.keys():
+        raise UserError(f"{file}: not a best.pt of finetune.py")
+    args = argparse.Namespace(**saved["args"])
+    model = Classifier(ViT(**saved["config"]), saved["info"], None, args, len(saved["classes"]), saved["metric"] == "map11")
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), saved
+
+
+def evaluate(args, device):
+    """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are averaged), on --data or --predict."""
+    models = [load_finished(path, device) for path in args.evaluate]
+    first = models[0][1]
+    for path, (_, saved) in zip(args.evaluate, models):
+        if (saved["classes"], saved["metric"]) != (first["classes"], first["metric"]):
+            raise UserError(f"--evaluate: {path} has other classes than {args.evaluate[0]}; an ensemble needs the same ones")
+
+    def probabilities(dataset):
+        """(N, classes), the mean over the models, each on images of its own size."""
+        total = 0
+        for model, saved in models:
+            def of_images(images, model=model, info=saved["info"]):
+                logits = model.logits(normalize(images, info["mean"], info["std"]))
+                return logits.sigmoid() if model.multi_label else logits.softmax(dim=1)
+            total = total + over_the_set(of_images, EachOnce(dataset, model.encoder.config["image_size"]), args, device)
+        return total / len(models)
+
+    if args.predict:
+        files = open_folder(args.predict)
+        p = probabilities(Labelled([(files, [-1] * len(files))], first["classes"]))
+        best = p.max(dim=1)
+        if dist.get_rank() == 0:
+            path = Path(args.out or ".") / "predictions.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["file", "class", "probability"])
+                writer.writerows([name, first["classes"][c], f"{value:.6f}"] for name, c, value in zip(files.paths, best.indices.tolist(), best.values.tolist()))
+            print(f"{path}: {len(files)} images", flush=True)
+        return 0
+    for name in args.data or [first["args"]["data"]]:
+        size = argparse.Namespace(**{**vars(args), "image_size": models[0][0].encoder.config["image_size"], "label_fraction": 1.0})
+        _, test_set, metric = open_labelled(name, size)
+        if list(test_set.classes) != first["classes"]:
+            raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
+        results = score(probabilities(test_set), labels_of(test_set), metric)
+        if dist.get_rank() == 0:
+            print(f"{' + '.join(args.evaluate)} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+def transfer(args, argv, device):
+    """One set after the other; several make a row as in MixedAE Table 2 -> exit code."""
+    rows = {}
+    for name in args.data:
+        code, rows[name] = run_set(args, argv, name, device)
+        if code:
+            return code
+    if args.several and dist.get_rank() == 0:
+        numbers = [results[results["metric"]] for results in rows.values()]
+        print("| " + " | ".join([*map(str, rows), "Avg."]) + " |\n| " + " | ".join(f"{number:.1f}" for number in [*numbers, sum(numbers) / len(numbers)]) + " |")
+    return 0
+
+
+def main(argv=None):
+    run_program("finetune.py", argv, parse_args, lambda args, argv, device: evaluate(args, device) if args.evaluate else transfer(args, argv, device))
+
+
+if __name__ == "__main__":
+    main()

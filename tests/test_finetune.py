@@ -1,0 +1,548 @@
+"""Fine-tuning and probing: encoders of every layout, heads, optimizers, metrics, the transfer sets in their own formats, whole runs."""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import finetune
+import train
+import vit
+from conftest import randomize
+from test_train import Hostile, interrupt_at, one_line, rows
+from vit import UserError, ViT
+
+QUICK = "--workers 0 --device cpu --epochs 2 --batch-size 8".split()
+
+
+def run(*flags, code=0):
+    """finetune.main in-process; asserts the exit code."""
+    try:
+        finetune.main([*QUICK, *map(str, flags)])
+        left = 0
+    except SystemExit as error:
+        left = error.code
+    assert left == code
+
+
+def parse(*flags):
+    return finetune.parse_args([*QUICK, *map(str, flags)])
+
+
+def vit_of(width=192, depth=2, heads=3, size=(32, 32), patch=8, **options):
+    return randomize(ViT(size, patch, width, depth, heads, **options)).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny encoder.pt of mean features."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(vit.pack_encoder(vit_of(32, 2, 2, (16, 16), 4), "mixedae", "mean", data.MEAN, data.STD), path)
+    return path
+
+
+def classifier(protocol, *flags, classes=3, multi_label=False, fc_norm=None, feature="cls", model=None):
+    args = parse("--protocol", protocol, *flags)
+    info = {"method": "x", "feature": feature, "mean": data.MEAN, "std": data.STD}
+    return finetune.Classifier(model or vit_of(32, 2, 2, (16, 16), 4), info, fc_norm, args, classes, multi_label)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoders
+# --------------------------------------------------------------------------------------------------------------------
+def layouts(weights):
+    """The same ViT as it lies in published files."""
+    heads = {"head.weight": torch.randn(10, 192), "head.bias": torch.randn(10)}
+    decoder = {"mask_token": torch.randn(1, 1, 64), "decoder_pos_embed": torch.randn(1, 17, 64), "decoder_blocks.0.attn.qkv.weight": torch.randn(192, 64)}
+    mean_pooled = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value for name, value in weights.items()}
+    wrapped = {f"module.backbone.{name}": value for name, value in weights.items()}
+    return {
+        "mae_pretrain": {"model": {**weights, **decoder}},
+        "mae_finetuned": {"model": {**mean_pooled, **heads}, "args": argparse.Namespace(lr=1)},
+        "dino": weights,
+        "dino_full": {"student": {}, "teacher": {**{f"backbone.{k}": v for k, v in weights.items()}, "head.last_layer.weight_v": torch.randn(4, 4)}, "epoch": 3},
+        "timm": {**weights, **heads},
+        "compiled": {"state_dict": {f"_orig_mod.module.{name}": value for name, value in weights.items()}},
+        "wrapped": {"state_dict": wrapped},
+        "model.encoder": {f"model.encoder.{name}": value for name, value in weights.items()},
+    }
+
+
+@pytest.mark.parametrize("name", ["mae_pretrain", "mae_finetuned", "dino", "dino_full", "timm", "compiled", "wrapped", "model.encoder"])
+def test_published_layouts_give_the_features_that_their_names_imply(name, tmp_path, capsys):
+    model, images = vit_of(), torch.randn(2, 3, 32, 32)
+    torch.save(layouts(model.state_dict())[name], tmp_path / "file.pth")
+    loaded, info, fc_norm = finetune.open_encoder(parse("--protocol", "linear", "--encoder", tmp_path / "file.pth"))
+    assert loaded.config == model.config and info["feature"] == "cls"  # 3 heads, from a table of widths
+    assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])
+    said = capsys.readouterr().out
+    others = {"mae_pretrain": 3, "mae_finetuned": 4, "dino_full": 1, "timm": 2}.get(name, 0)
+    assert f"all {len(model.state_dict())} tensors of the encoder found, {others} others" in said
+    assert (fc_norm is not None) == ("fc_norm stands for norm" in said) == (name == "mae_finetuned")
+
+
+def test_a_mean_pooled_fine_tuned_file_fills_the_new_layer_norm(tmp_path, capsys):
+    model = vit_of()
+    torch.save(layouts(model.state_dict())["mae_finetuned"], tmp_path / "file.pth")
+    args = parse("--protocol", "finetune", "--encoder", tmp_path / "file.pth")
+    loaded, info, fc_norm = finetune.open_encoder(args)
+    assert "fills the new LayerNorm" in capsys.readouterr().out
+    assert torch.equal(finetune.Classifier(loaded, info, fc_norm, args, 3, False).fc_norm.bias, model.norm.bias)
+
+
+def test_encoders_that_do_not_fit_are_named(tmp_path):
+    weights = vit_of().state_dict()
+    missing = {name: value for name, value in weights.items() if name != "blocks.1.mlp.fc2.bias"}
+    odd_width = vit_of(48, 1, 3).state_dict()
+    for content, words in (
+        ({"model": missing}, "no blocks.1.mlp.fc2.bias"), ({**weights, "blocks.0.attn.q_norm.weight": torch.ones(64)}, "q_norm.weight, which our ViT has not"),
+        ({**weights, "cls_token": torch.zeros(1, 1, 8)}, "cls_token .1, 1, 8."), ({"a": torch.zeros(1)}, "no Vision Transformer"), ([1, 2], "no weights by name"),
+        (odd_width, "give --heads"), ({"model": Hostile()}, "not opened"),
+    ):
+        torch.save(content, tmp_path / "file.pth")
+        with pytest.raises(UserError, match=words):
+            finetune.open_encoder(parse("--encoder", tmp_path / "file.pth"))
+    torch.save(odd_width, tmp_path / "file.pth")
+    assert finetune.open_encoder(parse("--encoder", tmp_path / "file.pth", "--heads", 3))[0].config["heads"] == 3
+    torch.save(weights, tmp_path / "file.pth")
+    for flags, words in ((("--patch-size", 16), "--patch-size 16: .* has 8"), (("--width", 8), "has 192"), (("--size", "base"), "of its own")):
+        with pytest.raises(UserError, match=words):
+            finetune.open_encoder(parse("--encoder", tmp_path / "file.pth", *flags))
+
+
+@pytest.mark.parametrize("size", [(384, 384), (320, 192)])
+def test_other_image_sizes_resize_the_position_table(size, tmp_path):
+    model = vit_of(32, 1, 2, (224, 224), 16)
+    torch.save(vit.pack_encoder(model, "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
+    loaded, _, _ = finetune.open_encoder(parse("--encoder", tmp_path / "encoder.pt", "--image-size", *size))
+    images = torch.randn(1, 3, *size)
+    assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])  # the old one resizes at each call
+    assert loaded.pos_embed.shape[1] == 1 + size[0] * size[1] // 256
+
+
+def test_no_encoder_is_a_random_one_of_train_pys_sizes():
+    made, info, _ = finetune.open_encoder(parse("--encoder", "none", "--image-size", 32, "--patch-size", 4, "--depth", 3))
+    assert made.config["image_size"] == [32, 32] and len(made.blocks) == 3 and made.width == 128 and info["method"] == "random"
+
+
+def test_an_encoder_file_loads_strictly_into_timm(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed; it is not required")
+    model = vit_of(192, 12, 3, (224, 224), 16)
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    other.load_state_dict(vit.pack_encoder(model, "mae", "cls", data.MEAN, data.STD)["state_dict"])
+    images = torch.randn(1, 3, 224, 224)
+    assert_close(other.forward_features(images), torch.cat([model.features(images)[key] for key in ("cls", "patches")], dim=1), atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Heads and optimizers
+# --------------------------------------------------------------------------------------------------------------------
+def test_fine_tuning_reads_the_mean_of_raw_patch_tokens_through_a_new_layer_norm():
+    model = randomize(classifier("finetune")).eval()
+    images, raw = torch.randn(2, 3, 16, 16), {}
+    model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: raw.update(x=output))
+    logits = model.logits(images)
+    pooled = raw["x"][:, 1:].mean(1)
+    mean, var = pooled.mean(-1, keepdim=True), pooled.var(-1, unbiased=False, keepdim=True)
+    normed = (pooled - mean) / (var + 1e-6).sqrt() * model.fc_norm.weight + model.fc_norm.bias
+    assert_close(logits, normed @ model.head.weight.T + model.head.bias)
+    assert model.encoder.pos_embed.requires_grad and isinstance(model.encoder.norm, torch.nn.Identity)
+    model = randomize(classifier("finetune", "--feature", "cls")).eval()
+    assert_close(model.logits(images), model.head(model.encoder.features(images)["cls"][:, 0]))
+    loss, _ = classifier("finetune").train()(images, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx(math.log(3), abs=1e-3)  # the head starts near zero (std 2e-5)
+
+
+def test_drop_path_rises_linearly_and_drops_whole_branches():
+    model = classifier("finetune", "--drop-path", 0.4, model=vit_of(32, 5, 2, (16, 16), 4))
+    assert [block.drop_path for block in model.encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    block, x = model.encoder.blocks[-1].train(), torch.randn(2000, 5, 32)
+    branch = block.drop(x)
+    kept = branch.flatten(1).any(1)
+    assert abs(kept.float().mean() - 0.6) < 0.05 and torch.allclose(branch[kept], x[kept] / 0.6)
+    assert torch.equal(block.eval().drop(x), x)
+
+
+@pytest.mark.parametrize("protocol, feature", [("linear", "cls"), ("linear", "mean"), ("attentive", "cls")])
+def test_probes_leave_the_encoder_alone_and_use_running_statistics_at_test_time(protocol, feature):
+    model = classifier(protocol, feature=feature)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    model.train()
+    assert not model.encoder.training and model.head.training
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(3, (8,))
+    optimizer = finetune.build_optimizer(model, parse("--protocol", protocol))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(images, labels)[0].backward()
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+    assert all(p.grad is not None and p.grad.any() for p in model.head.parameters())
+    model.eval()
+    assert_close(model.logits(images)[:1], model.logits(images[:1]))  # a sample does not depend on its batch
+    out = model.encoder.features(images)
+    if protocol == "linear":
+        x = out["cls"][:, 0] if feature == "cls" else out["patches"].mean(1)
+        norm, fc = model.head
+        assert_close(model.logits(images), (x - norm.running_mean) / (norm.running_var + 1e-6).sqrt() @ fc.weight.T + fc.bias)
+
+
+def test_the_attentive_head_one_query_and_head_at_a_time():
+    head, patches = finetune.AttentiveHead(8, 2, 3).eval(), torch.randn(2, 5, 8)
+    assert_close(head.attend(patches)[0], torch.full((2, 2, 1, 5), 0.2))  # a query of zeros looks everywhere alike
+    randomize(head)
+    q = head.q(head.norm_q(head.query))[0, 0]
+    for b in range(2):
+        k, v, pooled = head.k(head.norm_k(patches[b])), head.v(head.norm_v(patches[b])), []
+        for part in (slice(0, 4), slice(4, 8)):
+            weights = torch.stack([q[part] @ k[l, part] / 2 for l in range(5)]).softmax(0)
+            pooled.append(sum(w * v[l, part] for l, w in enumerate(weights)))
+        x = head.proj(torch.cat(pooled))
+        expected = head.fc((x - head.norm.running_mean) / (head.norm.running_var + 1e-5).sqrt())
+        assert_close(head(patches)[b], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layer_decay_groups():
+    model = classifier("finetune", model=vit_of(32, 3, 2, (16, 16), 4))
+    groups = finetune.layer_decay_groups(model, 0.5, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == {name for name, p in model.named_parameters()}
+    for name, expected in {"encoder.cls_token": (1 / 16, 0), "encoder.pos_embed": (1 / 16, 0), "encoder.patch_embed.proj.weight": (1 / 16, 0.05),
+                           "encoder.patch_embed.proj.bias": (1 / 16, 0), "encoder.blocks.0.attn.qkv.weight": (1 / 8, 0.05), "encoder.blocks.2.norm1.weight": (1 / 2, 0),
+                           "encoder.blocks.2.mlp.fc1.weight": (1 / 2, 0.05), "fc_norm.weight": (1, 0), "head.weight": (1, 0.05), "head.bias": (1, 0)}.items():
+        assert found[name] == expected, name
+
+
+def test_lars_against_its_formula():
+    torch.manual_seed(1)
+    w, b = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    optimizer = finetune.LARS([w, b], lr=0.5, weight_decay=0.1)
+    slow, mu = [w.detach().double().clone(), b.detach().double().clone()], [0.0, 0.0]
+    for step in range(4):
+        gradients = [torch.randn(3, 4), torch.zeros(3) if step == 2 else torch.randn(3)]
+        w.grad, b.grad = gradients
+        optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
+        optimizer.step()
+        for i, g in enumerate(g.double() for g in gradients):
+            if i == 0:
+                g = g + 0.1 * slow[0]
+                g = g * 0.001 * slow[0].norm() / g.norm()
+            mu[i] = 0.9 * mu[i] + g
+            slow[i] = slow[i] - 0.5 / (step + 1) * mu[i]
+    assert_close(w.detach().double(), slow[0], atol=1e-6, rtol=1e-5)
+    assert_close(b.detach().double(), slow[1], atol=1e-6, rtol=1e-5)
+    zero = torch.zeros(2, 2, requires_grad=True)
+    zero.grad = torch.ones(2, 2)
+    finetune.LARS([zero], lr=1.0).step()  # no trust ratio where the weight is zero
+    assert (zero == -1).all()
+
+
+def test_the_schedule_ends_at_the_smallest_rate():
+    assert train.lr_at(100, 1.0, 5, 100, 0.1) == pytest.approx(0.1) and train.lr_at(5, 1.0, 5, 100, 0.1) == 1
+    assert train.lr_at(52.5, 1.0, 5, 100, 0.1) == pytest.approx(0.55) and train.lr_at(1, 1.0, 5, 100, 0.1) == pytest.approx(0.2)  # no floor in warm-up
+
+
+def test_augmented_batches():
+    info, images, labels = {"mean": data.MEAN, "std": data.STD}, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 4
+    off = ("--mixup", 0, "--cutmix", 0, "--erasing", 0)
+    x, targets = finetune.augmented(images, labels, parse("--protocol", "finetune", *off, "--smoothing", 0.2), info, 4, False)
+    assert_close(x, data.normalize(images))
+    assert_close(targets[1], torch.tensor([0.05, 0.85, 0.05, 0.05]))  # s / K off, 1 - s + s / K on
+    x, targets = finetune.augmented(images, labels, parse("--protocol", "finetune", "--erasing", 0), info, 4, False)
+    assert_close(targets.sum(1), torch.ones(8)) and not torch.equal(x, data.normalize(images))
+    boxes = set()
+    x, _ = finetune.augmented(images, labels, parse("--protocol", "finetune", "--mixup", 0, "--cutmix", 0, "--erasing", 1), info, 4, False)
+    for changed in (x != data.normalize(images)).any(1):
+        ys, xs = changed.nonzero(as_tuple=True)
+        boxes.add((ys.min().item(), xs.min().item(), ys.max().item(), xs.max().item()))
+    assert len(boxes) > 4  # image by image
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics
+# --------------------------------------------------------------------------------------------------------------------
+def test_metrics_on_a_case_counted_by_hand():
+    scores = torch.eye(3)[torch.tensor([0, 0, 0, 1, 2, 2])]
+    labels = torch.tensor([0, 0, 1, 1, 2, 0])
+    assert finetune.confusion_matrix(scores.argmax(1), labels, 3).tolist() == [[2, 0, 1], [1, 1, 0], [0, 0, 1]]
+    results = finetune.score(scores, labels, "mean_per_class")
+    assert results["top1"] == pytest.approx(100 * 4 / 6) and results["mean_per_class"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)
+
+
+def test_average_precision_at_eleven_recalls():
+    scores, positive = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, False, False])
+    # recall .5 at precision 1, recall 1 at precision 2/3: six levels (0 .. .5) of 1, five of 2/3
+    assert finetune.average_precision_11(scores, positive) == pytest.approx((6 + 5 * 2 / 3) / 11)
+    perfect = torch.randn(40, 3)
+    assert finetune.score(perfect, (perfect > 0.3).float(), "map11")["map11"] == pytest.approx(100)
+
+
+def test_nearest_neighbours_one_by_one():
+    train_x, test_x, labels = torch.randn(30, 6), torch.randn(7, 6), torch.randint(3, (30,))
+    votes = finetune.nearest_neighbours(train_x, labels, test_x, 3, k=5)
+    for i in range(7):
+        similar = torch.stack([torch.nn.functional.cosine_similarity(test_x[i], x, dim=0) for x in train_x])
+        expected = torch.zeros(3)
+        for j in similar.argsort(descending=True)[:5]:
+            expected[labels[j]] += math.exp(similar[j] / 0.07)
+        assert_close(votes[i], expected, rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sets
+# --------------------------------------------------------------------------------------------------------------------
+def picture(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def make_aircraft(root):
+    base = root / "fgvc-aircraft-2013b" / "data"
+    write(base / "variants.txt", "707-320\nA310 long\n")
+    write(base / "images_variant_trainval.txt", "001 707-320\n002 A310 long\n003 707-320\n")
+    write(base / "images_variant_test.txt", "004 A310 long\n")
+    for i in range(1, 5):
+        picture(base / "images" / f"{i:03d}.jpg", i)
+    return [0, 1, 0], [1]
+
+
+def make_caltech101(root):
+    pytest.importorskip("scipy", reason="scipy is not installed; torchvision's Caltech101 needs it")
+    base = root / "caltech101"
+    for c, name in enumerate(("BACKGROUND_Google", "Faces", "accordion")):
+        for i in range(1, 4):
+            picture(base / "101_ObjectCategories" / name / f"image_{i:04d}.jpg", 10 * c + i)
+    (base / "Annotations").mkdir()
+    write(base / "train.txt", "accordion/image_0001.jpg\nFaces/image_0002.jpg\nFaces/image_0003.jpg\n")
+    write(base / "test.txt", "accordion/image_0003.jpg\n")
+    return [1, 0, 0], [1]
+
+
+def make_cars(root):
+    io = pytest.importorskip("scipy.io", reason="scipy is not installed; torchvision's StanfordCars needs it")
+    base = root / "stanford_cars"
+
+    def annotations(entries):
+        return np.array(entries, dtype=[("fname", object), ("class", np.int64)])
+
+    (base / "devkit").mkdir(parents=True)
+    io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array(["Audi", "BMW"], dtype=object)})
+    io.savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": annotations([("1.jpg", 2), ("2.jpg", 1), ("3.jpg", 1)])})
+    io.savemat(base / "cars_test_annos_withlabels.mat", {"annotations": annotations([("1.jpg", 1), ("2.jpg", 2)])})
+    for split, count in (("train", 3), ("test", 2)):
+        for i in range(1, count + 1):
+            picture(base / f"cars_{split}" / f"{i}.jpg", i)
+    return [1, 0, 0], [0, 1]
+
+
+def make_dtd(root):
+    base = root / "dtd" / "dtd"
+    for split, lines in (("train", "banded/a.jpg\ndotted/a.jpg\n"), ("val", "banded/b.jpg\ndotted/b.jpg\n"), ("test", "dotted/c.jpg\nbanded/c.jpg\n")):
+        write(base / "labels" / f"{split}1.txt", lines)
+        for line in lines.split():
+            picture(base / "images" / line)
+    return [0, 1, 0, 1], [1, 0]
+
+
+def make_flowers(root):
+    io = pytest.importorskip("scipy.io", reason="scipy is not installed; torchvision's Flowers102 needs it")
+    base = root / "flowers-102"
+    for i in range(1, 7):
+        picture(base / "jpg" / f"image_{i:05d}.jpg", i)
+    io.savemat(base / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 102, 1]])})
+    io.savemat(base / "setid.mat", {"trnid": np.array([[1, 2]]), "valid": np.array([[3, 5]]), "tstid": np.array([[4, 6]])})
+    return [0, 1, 0, 101], [1, 0]
+
+
+def make_food(root):
+    base = root / "food-101"
+    write(base / "meta" / "train.json", json.dumps({"apple_pie": ["apple_pie/1", "apple_pie/2"], "sushi": ["sushi/1"]}))
+    write(base / "meta" / "test.json", json.dumps({"apple_pie": ["apple_pie/3"], "sushi": ["sushi/2"]}))
+    for name in ("apple_pie/1", "apple_pie/2", "apple_pie/3", "sushi/1", "sushi/2"):
+        picture(base / "images" / f"{name}.jpg")
+    return [0, 0, 1], [0, 1]
+
+
+def make_pets(root):
+    base = root / "oxford-iiit-pet"
+    write(base / "annotations" / "trainval.txt", "Abyssinian_1 1 1 1\nbeagle_1 2 2 1\n")
+    write(base / "annotations" / "test.txt", "beagle_2 2 2 1\nAbyssinian_2 1 1 1\n")
+    for name in ("Abyssinian_1", "beagle_1", "Abyssinian_2", "beagle_2"):
+        picture(base / "images" / f"{name}.jpg")
+    return [0, 1], [1, 0]
+
+
+def make_sun397(root):
+    base = root / "SUN397"
+    write(base / "ClassName.txt", "/a/abbey\n/a/apartment_building/outdoor\n")
+    for name in ("a/abbey/sun_a", "a/abbey/sun_b", "a/apartment_building/outdoor/sun_c", "a/apartment_building/outdoor/sun_d"):
+        picture(base / f"{name}.jpg")
+    write(base / "Training_01.txt", "/abbey/sun_a.jpg\n/apartment_building/outdoor/sun_c.jpg\n".replace("/a", "/a/a").replace("/a/a/a", "/a/a"))
+    write(base / "Testing_01.txt", "/a/apartment_building/outdoor/sun_d.jpg\n/a/abbey/sun_b.jpg\n")
+    return [0, 1], [1, 0]
+
+
+def make_voc2007(root):
+    base = root / "VOCdevkit" / "VOC2007"
+    shown = {"000001": [("dog", 0), ("person", 0)], "000002": [("cat", 0), ("dog", 1)], "000003": [("person", 0)]}
+    for name, objects in shown.items():
+        picture(base / "JPEGImages" / f"{name}.jpg")
+        inside = "".join(f"<object><name>{thing}</name><difficult>{difficult}</difficult></object>" for thing, difficult in objects)
+        write(base / "Annotations" / f"{name}.xml", f"<annotation>{inside}</annotation>")
+    write(base / "ImageSets" / "Main" / "trainval.txt", "000001\n000002\n")
+    write(base / "ImageSets" / "Main" / "test.txt", "000003\n")
+
+    def labels(*things):
+        return [float(name in things) for name in finetune.VOC_CLASSES]
+
+    return [labels("dog", "person"), labels("cat")], [labels("person")]  # a difficult dog does not count
+
+
+MAKERS = {"aircraft": make_aircraft, "caltech101": make_caltech101, "cars": make_cars, "dtd": make_dtd, "flowers": make_flowers, "food": make_food,
+          "pets": make_pets, "sun397": make_sun397, "voc2007": make_voc2007}
+
+
+def test_every_set_of_table_2_has_a_stand_in():
+    assert {*MAKERS, "cifar10", "cifar100"} == {*finetune.SETS, "cifar10", "cifar100"} and len(MAKERS) == 9
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
+    expected = MAKERS[name](tmp_path)
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)  # it wants the true files' checksums
+    args = parse("--data", name, "--data-root", tmp_path)
+    if finetune.SETS[name].sizes:
+        with pytest.raises(UserError, match="is it complete"):  # the real set's sizes are asserted
+            finetune.open_labelled(name, args)
+    monkeypatch.setitem(finetune.SETS, name, finetune.SETS[name]._replace(sizes=tuple(map(len, expected))))
+    sets = finetune.open_labelled(name, args)
+    for found, labels in zip(sets, expected):
+        assert [found.label(i) for i in range(len(found))] == labels
+        image, label = found[0]
+        assert image.shape == (3, 20, 24) and image.dtype == torch.uint8 and label == labels[0]
+    assert sets[2] == {"voc2007": "map11", **dict.fromkeys(("aircraft", "caltech101", "flowers", "pets"), "mean_per_class")}.get(name, "top1")
+
+
+def test_sets_that_are_not_there_say_what_to_do(tmp_path):
+    for name in finetune.SETS:
+        with pytest.raises(UserError, match="looked below") as raised:
+            finetune.open_labelled(name, parse("--data-root", tmp_path))
+        assert "\n" not in str(raised.value) and (finetune.SETS[name].by_hand or "--download") in str(raised.value) or "scipy" in str(raised.value)
+
+
+def test_fewer_labels_of_each_class(folder):
+    whole, _, _ = finetune.open_labelled(str(folder), parse())
+    part, _, _ = finetune.open_labelled(str(folder), parse("--label-fraction", 0.2))
+    labels = [part.label(i) for i in range(len(part))]
+    assert len(whole) == 40 and labels.count(0) == labels.count(1) == 4
+    assert part.where == finetune.open_labelled(str(folder), parse("--label-fraction", 0.2))[0].where
+
+
+def test_testing_counts_every_sample_once(folder):
+    dataset = finetune.open_labelled(str(folder), parse())[0]
+    device = train.start_processes(parse())
+    try:
+        for batch_size in (7, 64):
+            args = parse("--batch-size", batch_size)
+            out = finetune.over_the_set(lambda images: images.float().mean(dim=(2, 3)), finetune.EachOnce(dataset, [20, 20]), args, device)
+            expected = torch.stack([dataset[i][0].float().mean(dim=(1, 2)) for i in range(40)])
+            assert_close(out, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [("finetune",), ("linear",), ("linear", "--cache-features", "--feature", "mean"), ("attentive",), ("attentive", "--cache-features"),
+                                   ("finetune", "--mixup", 0, "--cutmix", 0, "--randaugment", 0, "--drop-path", 0, "--feature", "cls")], ids=lambda flags: " ".join(map(str, flags)))
+def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder, tmp_path, capsys):
+    run("--protocol", *flags, "--encoder", encoder, "--data", folder, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"top1", "best_top1"} | ({"knn_top1"} if "--cache-features" in flags else set()) == results.keys()
+    log = rows(tmp_path / "run")
+    assert [row["step"] for row in log] == [5, 10] and results["top1"] == pytest.approx(log[-1]["top1"]) and results["best_top1"] == max(row["top1"] for row in log)
+    table = list(csv.reader((tmp_path / "run" / "confusion.csv").open()))
+    assert table[0][1:] == ["class0", "class1"] and sum(int(value) for line in table[1:] for value in line[1:]) == 8
+    assert sum(int(table[i + 1][i + 1]) for i in range(2)) / 8 == pytest.approx(results["top1"] / 100)
+    pictures = os.listdir(tmp_path / "run" / "pictures")
+    assert "confusion.png" in pictures and ("attention.png" in pictures) == (flags[0] == "attentive")
+    capsys.readouterr()
+    run("--evaluate", tmp_path / "run", tmp_path / "run", "--predict", folder / "val", "--out", tmp_path / "out")
+    predicted = list(csv.reader((tmp_path / "out" / "predictions.csv").open()))
+    assert predicted[0] == ["file", "class", "probability"] and len(predicted) == 9 and all(0.5 <= float(line[2]) <= 1 for line in predicted[1:])
+    right = sum(line[1] in line[0] for line in predicted[1:])
+    assert 100 * right / 8 == pytest.approx(results["best_top1"])  # best.pt, an ensemble with itself
+    run("--evaluate", tmp_path / "run")  # on the set that it was trained for
+    assert f"top1 {results['best_top1']:.2f}" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(encoder, folder, tmp_path, monkeypatch):
+    flags = ("--protocol", "finetune", "--encoder", encoder, "--data", folder, "--log-every", 2)
+    run(*flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(*flags, "--out", tmp_path / "stopped", code=128 + signal.SIGTERM)
+    assert not (tmp_path / "stopped" / "results.json").exists()
+    run(*flags, "--out", tmp_path / "stopped", "--workers", 2)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "whole" / "results.json").read_text() == (tmp_path / "stopped" / "results.json").read_text()
+
+
+def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch):
+    make_voc2007(tmp_path)
+    monkeypatch.setitem(finetune.SETS, "voc2007", finetune.SETS["voc2007"]._replace(sizes=(2, 1)))
+    run("--encoder", encoder, "--data", folder, "voc2007", "--data-root", tmp_path, "--out", tmp_path / "runs", "--batch-size", 2, "--epochs", 1)
+    last = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert last[0] == f"| {folder} | voc2007 | Avg. |" and len(last[1].split("|")) == 5
+    assert sorted(os.listdir(tmp_path / "runs")) == sorted([f"mixedae-linear-{folder.name}", "mixedae-linear-voc2007"])
+
+
+def test_probes_tell_apart_what_can_be_told_apart(encoder, tmp_path):
+    for split, count in (("train", 40), ("val", 20)):
+        for i in range(count):
+            level = 60 if i % 2 else 190
+            path = tmp_path / split / ("dark" if i % 2 else "light") / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).normal(level, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)).save(path)
+    for flags in (("linear", "--cache-features"), ("attentive", "--cache-features"), ("finetune",)):
+        run("--protocol", *flags, "--encoder", encoder, "--data", tmp_path, "--out", tmp_path / flags[0], "--epochs", 20)
+        results = json.loads((tmp_path / flags[0] / "results.json").read_text())
+        assert results["top1"] == 100 and results.get("knn_top1", 100) == 100, flags
+
+
+def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
+    (tmp_path / "one" / "train" / "only").mkdir(parents=True)
+    (tmp_path / "one" / "val" / "only").mkdir(parents=True)
+    for split in ("train", "val"):
+        picture(tmp_path / "one" / split / "only" / "a.png")
+        picture(tmp_path / "flat" / split / "a.png")
+        picture(tmp_path / "other" / split / "both" / "a.png")
+        picture(tmp_path / "other" / split / split / "a.png")
+    for flags, words in (
+        (("--data", tmp_path / "flat"), "has no labels"), (("--data", tmp_path / "one"), "one class only"), (("--data", tmp_path / "other"), "different classes"),
+        (("--data", folder / "train"), "no test images"), (("--batch-size", 1), "BatchNorm needs at least 2"), (("--encoder", "nothing.pt"), "no such file"),
+        (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"), (("--patch-size", 8), "has 4"), (("--protocol", "lineal"), "invalid choice"),
+        (("--drop-path", 0.1), "unrecognized"), (("--label-fraction", 0), "out of range"), (("--evaluate", tmp_path), "no such file"),
+        (("--evaluate", encoder), "not a best.pt"), (("--data", "nowhere"), "neither a set"), (("--protocol", "finetune", "--layer-decay", 2), "out of range"),
+    ):
+        run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
+        one_line(capsys, words)
