@@ -16,15 +16,19 @@ A protocol decides what is trained on top of the encoder:
 
 Sources: MixedAE Sec. 4.2 and 4.3 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A for attentive probing,
 MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do it):
-    - MixUp, CutMix and RandAugment are torchvision's. MixUp's partner is the neighbour in the batch (timm: the batch reversed); RandAugment
-      applies every operation with fixed magnitude (timm: each with probability .5, magnitude noise .5, and "increasing" operations).
+    - MixUp, CutMix and RandAugment are torchvision's. MixUp's partner is the neighbour in the batch (timm: the batch reversed); RandAugment,
+      with timm's scale of 10, applies both operations always, with one magnitude, by bilinear interpolation (timm: each with probability .5,
+      with magnitude noise .5, "increasing" operations, bicubic).
+    - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention; it is not here.
     - The random crop of the probes tries ten times for a crop that fits (the authors' draw once and clamp it).
     - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch).
     - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet.
 """
 import argparse
+import contextlib
 import csv
 import json
+import os
 import sys
 import xml.etree.ElementTree
 from collections import namedtuple
@@ -41,7 +45,8 @@ from tqdm import tqdm
 
 from data import (MEAN, NAMES, STD, Batches, Cover, RunFolder, Samples, add_data_args, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
-from train import RANGES, Parser, Run, add_run_args, amp_dtype, autocast, check_ranges, end_epoch, resume, run_program, work, wrap
+from train import (RANGES, Parser, Run, add_run_args, amp_dtype, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
+                   work, wrap)
 from train import parse_args as train_args
 from vit import UserError, ViT, add_size_args, build_encoder, init_weights, load_file, resize_positions, unpack_encoder
 
@@ -57,9 +62,9 @@ DEFAULTS = {
 LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1}  # absolute, for AdamW, LARS and SGD; ours, but 6.4, which is MAE's .1 x 16384 / 256
 MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code, twice; CAE's code
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
-           "randaugment": (0, 31), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+           "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "batch_size", "accumulate",
-              "evaluate", "predict", "several"}  # may differ when a run resumes (batch size and accumulation if B' stays)
+              "evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes (batch size and accumulation if B' stays)
 
 
 def parse_args(argv=None):
@@ -91,6 +96,8 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     check_ranges(parser, args, LIMITS)
+    if args.predict and not args.evaluate:
+        parser.error(f"--predict {args.predict}: goes with --evaluate RUN")
     args.data = args.data or ([] if args.evaluate else ["shapes"])
     args.several = len(args.data) > 1
     return args
@@ -104,21 +111,24 @@ def add_finetune_args(parser):
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--mixup", type=float, default=0.8, help="alpha of MixUp; 0: off")
     add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0: off. With both, a coin decides for each batch")
-    add("--randaugment", type=int, default=9, help="magnitude of two RandAugment operations; 0: off")
+    add("--randaugment", type=int, default=9, help="magnitude of two RandAugment operations, of 10 as timm counts; 0: off")
     add("--erasing", type=float, default=0.25, help="probability of erasing a random box of an image")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Encoders
 # --------------------------------------------------------------------------------------------------------------------
-# Published layouts: where the weights lie in the file, and how its names become ours. All of them are plain ViTs, whose names ours has too.
-Layout = namedtuple("Layout", "name inside feature heads_and_more")
-LAYOUTS = (
-    Layout("MAE or timm", ("model", "state_dict"), "cls", r"head|fc_norm|decoder|mask_token"),
-    Layout("DINO", ("teacher", "student"), "cls", r"head|fc_norm"),
-)
+# Published layouts: where the weights lie in a file (or they are the file), and the feature that its authors probe. All of these are plain
+# ViTs with the names that ours has too.
+Layout = namedtuple("Layout", "name inside feature")
+LAYOUTS = (Layout("MAE or timm", ("model", "state_dict"), "cls"), Layout("DINO", ("teacher", "student"), "cls"))
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of published ViTs, by width: no state dict shows them
+
+
+def say(line):
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def strip_prefixes(weights):
@@ -129,17 +139,22 @@ def strip_prefixes(weights):
 
 
 def read_published(state, path, heads):
-    """A published file's content -> (weights by our names, shape of the ViT, feature, which layout)."""
+    """A published file's content -> (weights by our names, shape of the ViT, feature that its authors probe, layout)."""
+    if {"optimizer", "args", "step"} <= state.keys():
+        raise UserError(f"{path}: a checkpoint of train.py; give the encoder.pt beside it")
     layout = next((row for row in LAYOUTS if any(isinstance(state.get(key), dict) for key in row.inside)), LAYOUTS[0])
     weights = next((state[key] for key in layout.inside if isinstance(state.get(key), dict)), state)
-    weights = strip_prefixes({name: value for name, value in weights.items() if isinstance(value, torch.Tensor)})
+    weights = strip_prefixes({name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, torch.Tensor)})
     try:
         width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
         mlp_ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / width
-    except (KeyError, ValueError):
-        raise UserError(f"{path}: no Vision Transformer in it (looked for patch_embed.proj.weight, pos_embed and blocks.0.mlp.fc1.weight)") from None
+        if min(width, patch_size, side) < 1 or channels != 3:
+            raise ValueError
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
+        raise UserError(f"{path}: no Vision Transformer for colour images in it (looked for patch_embed.proj.weight, pos_embed and "
+                        f"blocks.0.mlp.fc1.weight)") from None
     if heads is None and width not in HEADS:
         raise UserError(f"{path}: its file does not say how many heads a ViT of width {width} has; give --heads")
     layer_scale = 1.0 if "blocks.0.ls1.gamma" in weights else None
@@ -148,45 +163,53 @@ def read_published(state, path, heads):
     return weights, shape, layout.feature, layout.name
 
 
+def match(weights, shape, path, layout):
+    """The encoder's tensors of a published file, all of them, and none in the encoder that ours has not: else a UserError that names them."""
+    ours = {name: tuple(value.shape) for name, value in ViT(**shape).state_dict().items()}
+    left = weights.keys() - ours.keys()
+    wrong = [f"no {name}" for name in ours if name not in weights]
+    wrong += [f"{name} {tuple(weights[name].shape)} (here {size})" for name, size in ours.items() if name in weights and tuple(weights[name].shape) != size]
+    wrong += [f"{name}, which our ViT has not" for name in sorted(left) if name.split(".")[0] in ("blocks", "patch_embed", "norm", "norm_pre", "reg_token")]
+    if wrong:
+        raise UserError(f"{path}: does not fit a ViT: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    say(f"{path}: {layout} layout, all {len(ours)} tensors of the encoder found, {len(left)} others (heads, decoder) left aside")
+    return {name: weights[name] for name in ours}
+
+
 def open_encoder(args):
     """--encoder -> (ViT at --image-size, info, state of a LayerNorm for mean features or None). info has method, feature, mean, std."""
-    info, fc_norm = {"method": "random", "feature": "cls", "mean": list(MEAN), "std": list(STD)}, None
-    sizes = {flag: getattr(args, flag) for flag in ("image_size", "patch_size", "size", "width", "depth", "heads") if getattr(args, flag) is not None}
-    if args.encoder == "none":
-        given = [word for flag, value in sizes.items() for word in (f"--{flag.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
-        return build_encoder(train_args(["--method", "mixedae", *map(str, given)])), info, fc_norm
+    info, fc_norm, path = {"method": "random", "feature": "mean", "mean": list(MEAN), "std": list(STD)}, None, args.encoder
+    given = {flag: getattr(args, flag) for flag in ("image_size", "patch_size", "size", "width", "depth", "heads") if getattr(args, flag) is not None}
+    if path == "none":
+        words = [word for flag, value in given.items() for word in (f"--{flag.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
+        return build_encoder(train_args(["--method", "mixedae", *map(str, words)])), info, None
 
-    state = load_file(args.encoder)
+    state = load_file(path)
     if not isinstance(state, dict):
-        raise UserError(f"{args.encoder}: holds no weights by name")
+        raise UserError(f"{path}: holds no weights by name")
+    if len(given.get("image_size", ())) > 2:
+        raise UserError(f"--image-size takes one number or two (H W), not {len(given['image_size'])}")
     if {"config", "state_dict"} <= state.keys():
-        _, info = unpack_encoder(state)
+        try:
+            _, info = unpack_encoder(state)
+            info = {key: info[key] for key in ("method", "feature", "mean", "std")}
+        except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a whole encoder.pt ({' '.join(str(error).split())[:150]})") from None
         weights, shape = state["state_dict"], {key: value for key, value in state["config"].items() if key != "kind"}
     else:
-        weights, shape, info["feature"], layout = read_published(state, args.encoder, args.heads)
-        info["method"] = Path(args.encoder).stem
-        ours = ViT(**shape).state_dict()
-        if "fc_norm.weight" in weights and "norm.weight" not in weights:
-            fc_norm = {key: weights[f"fc_norm.{key}"] for key in ("weight", "bias")}
-            weights = {**weights, **{f"norm.{key}": value for key, value in fc_norm.items()}}
-            print(f"{args.encoder}: fine-tuned with mean pooling; its fc_norm {'fills the new LayerNorm' if args.protocol == 'finetune' else 'stands for norm'}")
-        missing = [name for name in ours if name not in weights]
-        wrong = [f"{name} {tuple(weights[name].shape)} (here {tuple(value.shape)})" for name, value in ours.items()
-                 if name in weights and weights[name].shape != value.shape]
-        left = weights.keys() - ours.keys()
-        strange = sorted(name for name in left if name.split(".")[0] in ("blocks", "patch_embed", "norm", "norm_pre", "reg_token"))
-        if missing or wrong or strange:
-            found = [f"no {name}" for name in missing] + wrong + [f"{name}, which our ViT has not" for name in strange]
-            raise UserError(f"{args.encoder}: does not fit a ViT: {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}")
-        print(f"{args.encoder}: {layout} layout, all {len(ours)} tensors of the encoder found, {len(left)} others (heads, decoder) left aside")
-        weights = {name: weights[name] for name in ours}
+        weights, shape, info["feature"], layout = read_published(state, path, args.heads)
+        info["method"] = Path(path).stem
+        if {"fc_norm.weight", "fc_norm.bias"} <= weights.keys() and "norm.weight" not in weights:
+            fc_norm, info["feature"] = {key: weights.pop(f"fc_norm.{key}") for key in ("weight", "bias")}, "mean"
+            weights |= {f"norm.{key}": value for key, value in fc_norm.items()}
+            fills = args.protocol == "finetune" and args.feature != "cls"
+            say(f"{path}: fine-tuned with mean pooling; its fc_norm {'fills the new LayerNorm' if fills else 'stands for norm'}")
+        weights = match(weights, shape, path, layout)
 
-    for flag in ("patch_size", "width", "depth", "heads"):
-        if sizes.get(flag, shape[flag]) != shape[flag]:
-            raise UserError(f"--{flag.replace('_', '-')} {sizes[flag]}: {args.encoder} has {shape[flag]}; leave the flag out")
-    if "size" in sizes:
-        raise UserError(f"--size {args.size}: {args.encoder} has a size of its own; leave the flag out")
-    size = sizes.get("image_size", shape["image_size"])
+    for flag in given.keys() - {"image_size"}:
+        if given[flag] != shape.get(flag):
+            raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: {path} has {shape.get(flag, 'a size of its own')}; leave the flag out")
+    size = given.get("image_size", shape["image_size"])
     encoder = ViT(**{**shape, "image_size": [size[0], size[-1]]})
     grid = [side // shape["patch_size"] for side in shape["image_size"]]
     encoder.load_state_dict({**weights, "pos_embed": resize_positions(weights["pos_embed"], grid, encoder.grid)})
@@ -215,8 +238,8 @@ def voc_labels(dataset):
 Row = namedtuple("Row", "kind train test labels classes metric sizes by_hand")
 SETS = {
     "aircraft": Row("FGVCAircraft", [{"split": "trainval"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "mean_per_class", (6667, 3333), ""),
-    "caltech101": Row("Caltech101", "caltech101/train.txt", "caltech101/test.txt", lambda d: d.y, lambda d: d.categories, "mean_per_class", None,
-                      "it has no official split: put lists of lines like accordion/image_0001.jpg into caltech101/train.txt and caltech101/test.txt"),
+    "caltech101": Row("Caltech101", "caltech101/train.txt", "caltech101/test.txt", lambda d: d.y, lambda d: d.categories, "mean_per_class", (2416, 6728),
+                      "it has no official split: put Ericsson et al.'s lists of lines like accordion/image_0001.jpg into caltech101/train.txt and caltech101/test.txt"),
     "cars": Row("StanfordCars", [{"split": "train"}], {"split": "test"}, lambda d: [y for _, y in d._samples], lambda d: d.classes, "top1", (8144, 8041),
                 "its download is dead: put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into stanford_cars/"),
     "dtd": Row("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "top1", (3760, 1880), ""),
@@ -261,13 +284,19 @@ class Labelled:
         return Labelled(self.parts, self.classes, [self.where[i] for i in indices])
 
 
-def list_chooses(dataset, labels, path):
-    """Indices of a data set's images that a text file of paths names, '/abbey/sun_x.jpg' or 'accordion/image_0001.jpg'."""
+def list_chooses(dataset, labels, path, sizes):
+    """Indices of a data set's images that a text file of `sizes` paths names, '/abbey/sun_x.jpg' or 'accordion/image_0001.jpg'."""
     if hasattr(dataset, "_image_files"):  # SUN397, whose own order depends on the disk
         place = {"/" + file.relative_to(dataset._data_dir).as_posix(): i for i, file in enumerate(dataset._image_files)}
     else:  # Caltech101
         place = {f"/{dataset.categories[y]}/image_{dataset.index[i]:04d}.jpg": i for i, y in enumerate(labels)}
     lines = ["/" + line.strip().lstrip("/") for line in Path(path).read_text().splitlines() if line.strip()]
+    if sizes and len(lines) != sizes:
+        raise UserError(f"{path}: lists {len(lines)} images, not {sizes}; is it complete?")
+    background = [line for line in lines if line.startswith("/BACKGROUND_Google/")]
+    if background:
+        say(f"{path}: {len(background)} of its {len(lines)} images are of BACKGROUND_Google, which torchvision leaves out")
+        lines = [line for line in lines if line not in set(background)]
     missing = [line for line in lines if line not in place]
     if missing:
         raise UserError(f"{path}: {len(missing)} of its {len(lines)} images are not there, the first is {missing[0]}")
@@ -284,7 +313,7 @@ def open_transfer_set(name, args):
             dataset = kind(root, **extra)
             labels = row.labels(dataset)
             whole = Labelled([(dataset, labels)], row.classes(dataset))
-            train, test = (whole.choose(list_chooses(dataset, labels, root / path)) for path in (row.train, row.test))
+            train, test = (whole.choose(list_chooses(dataset, labels, root / path, size)) for path, size in zip((row.train, row.test), row.sizes))
         else:
             parts = [kind(root, **{**split, **extra}) for split in row.train]
             train = Labelled([(part, row.labels(part)) for part in parts], row.classes(parts[0]))
@@ -297,7 +326,7 @@ def open_transfer_set(name, args):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         advice = "pip install scipy" if "scipy" in reason.lower() else row.by_hand or "add --download"
         raise UserError(f"--data {name}: {reason} -- looked below {args.data_root} (--data-root); {advice}") from None
-    if row.sizes and (len(train), len(test)) != row.sizes:
+    if not isinstance(row.train, str) and (len(train), len(test)) != row.sizes:
         raise UserError(f"--data {name}: {len(train)} training and {len(test)} test images below {args.data_root}, not {row.sizes[0]} and {row.sizes[1]}; "
                         f"is it complete?")
     return train, test
@@ -410,7 +439,7 @@ def linear_head(width, classes, std=0.01):
 
 
 class Classifier(nn.Module):
-    """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {"accuracy"...}; logits(inputs) -> (B, classes).
+    """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {}; logits(inputs) -> (B, classes).
 
     inputs: normalised images (B, 3, H, W), or with cached features what `features` returned for them.
     """
@@ -525,7 +554,7 @@ def fine_tuning_transform(args):
     """Crop and flip as in pre-training (--augment), then RandAugment, on uint8 tensors."""
     parts = [train_transform(args)]
     if args.randaugment:
-        parts.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment, interpolation=v2.InterpolationMode.BILINEAR,
+        parts.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR,
                                     fill=[int(255 * channel) for channel in MEAN]))
     return v2.Compose(parts)
 
@@ -552,10 +581,13 @@ def over_the_set(function, dataset, args, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     chunks = torch.arange(len(dataset)).split(args.batch_size)[rank::world]
     stream = loader(dataset, [[(0, i) for i in chunk.tolist()] for chunk in chunks], args.workers, device.type == "cuda")
-    mine, shape = [], torch.zeros(4, dtype=torch.long, device=device)
+    mine, shape, broken = [], torch.zeros(4, dtype=torch.long, device=device), 0
     for images, _, names in tqdm(stream, desc="testing", leave=False, disable=rank > 0):
         for name in names:
+            broken += 1
             tqdm.write(f"warning: {name} is broken; it counts as a black image", file=sys.stderr)
+            if broken > 10 and broken > 0.01 * len(dataset):
+                raise UserError(f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1)
         with autocast(args, device):
             mine.append(function(images.to(device)).float())
     if mine:
@@ -583,8 +615,8 @@ def average_precision_11(scores, positive):
     """VOC2007's: the mean over the recalls 0, .1, .., 1 of the best precision at that recall or a higher one. scores (N,), positive (N,)."""
     hits = positive[scores.argsort(descending=True, stable=True)].double()
     recall, precision = hits.cumsum(0) / hits.sum(), hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    best = [precision[recall >= level - 1e-12].max() if (recall >= level - 1e-12).any() else torch.tensor(0.0) for level in torch.arange(11) / 10]
-    return torch.stack([value.double() for value in best]).mean()
+    best = [precision[recall >= level].max(dim=0, keepdim=True).values if (recall >= level).any() else torch.zeros(1) for level in torch.arange(11, dtype=torch.float64) / 10 - 1e-9]
+    return torch.cat([value.double() for value in best]).mean()
 
 
 def score(scores, labels, metric):
@@ -626,15 +658,6 @@ class Cached(torch.utils.data.Dataset):
         return self.features[index[1]], self.labels[index[1]], []
 
 
-def build_run(args, model, length, folder, inputs, device, example):
-    """The Run of train.py's loop, for a classifier."""
-    batches = Batches(length, args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
-    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR[args.protocol])
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
-    optimizer = build_optimizer(model, args)
-    return Run(args, device, batches, model, wrap(model, args, device, *example), optimizer, scaler, lr, folder, inputs, MIN_LR[args.protocol])
-
-
 class Task:
     """A classifier, the samples that it is trained and tested on, and how a batch of either becomes its input."""
 
@@ -645,6 +668,10 @@ class Task:
         self.neighbours = {}
         self.testing = EachOnce(test_set, args.image_size)
         self.inputs = self.normalized
+
+    def prepare(self, train_set):
+        """What the model is trained on: augmented images or features."""
+        args, info = self.args, self.info
         if self.model.frozen and args.cache_features:
             self.cache(train_set)
         elif self.model.frozen:
@@ -678,6 +705,8 @@ class Task:
 
     def test(self):
         """Scores (N, classes) of the test set, in order."""
+        for buffer in self.model.buffers():  # each process has BatchNorm statistics of its own since the last step
+            dist.broadcast(buffer, 0)
         self.model.eval()
         scores = over_the_set(lambda images: self.model.logits(self.normalized(images)[0]), self.testing, self.args, self.device)
         self.model.train()
@@ -713,16 +742,21 @@ def build_run(task, folder):
 
 def run_set(args, argv, name, device):
     """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
+    torch.manual_seed(args.seed)  # every process starts from the same random encoder, if it is one, and from the same head
     encoder, info, fc_norm = open_encoder(args)
     place = f"{info['method']}-{args.protocol}-{Path(name).name}"
     out = args.out if args.out and not args.several else str(Path(args.out or "runs") / place)
     args = argparse.Namespace(**{**vars(args), "data": name, "method": info["method"], "image_size": encoder.config["image_size"], "out": out})
     if args.protocol != "finetune" and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
-    train_set, test_set, metric = open_labelled(name, args)
+    train_set, test_set, metric = in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
-    torch.manual_seed(args.seed)  # every process starts from the same head
+    torch.manual_seed(args.seed)
     task = Task(args, train_set, test_set, metric, encoder, info, fc_norm, device)
+    if (Path(args.out) / "checkpoint.pt").exists():  # features are those of the run's own encoder, whatever lies at --encoder now
+        with contextlib.suppress(RuntimeError):  # of another shape: `resume` will name the flags
+            task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
+    task.prepare(train_set)
     run = build_run(task, folder)
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
@@ -731,19 +765,25 @@ def run_set(args, argv, name, device):
             folder.describe(args, argv)
             folder.cut_log(run.batches.start)
             announce(run, train_set, test_set, metric)
-        code = work(run, task.samples, sums, task.report, lambda run, done: None)
+        code = work(run, task.samples, sums, task.report, farewell)
         if code:
             return code, {}
     scores = task.test()
     results = {**score(scores, task.labels, metric), **task.neighbours}
     if folder:
-        results[f"best_{metric}"] = max(row[metric] for row in read_log(args.out) if metric in row)
+        results[f"best_{metric}"] = max([row[metric] for row in read_log(args.out) if metric in row], default=results[metric])
         folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
         show_mistakes(folder, scores, task)
         if args.protocol == "attentive":
             show_attention(folder, test_set, task)
-        print(f"{args.out}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
+        done = "" if run.batches.start < run.batches.steps else "finished already, "
+        print(f"{args.out}: {done}{', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return 0, {"metric": metric, **results}
+
+
+def farewell(run, done):
+    if run.folder and done < run.batches.steps:
+        print(f"stopped after step {done} of {run.batches.steps}; {run.args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
 
 
 def announce(run, train_set, test_set, metric):
@@ -791,7 +831,10 @@ def load_finished(path, device):
         raise UserError(f"{file}: not a best.pt of finetune.py")
     args = argparse.Namespace(**saved["args"])
     model = Classifier(ViT(**saved["config"]), saved["info"], None, args, len(saved["classes"]), saved["metric"] == "map11")
-    model.load_state_dict(saved["model"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise UserError(f"{file}: not a whole best.pt ({' '.join(str(error).split())[:150]})") from None
     return model.to(device).eval(), saved
 
 
@@ -826,9 +869,10 @@ def evaluate(args, device):
                 writer.writerows([name, first["classes"][c], f"{value:.6f}"] for name, c, value in zip(files.paths, best.indices.tolist(), best.values.tolist()))
             print(f"{path}: {len(files)} images", flush=True)
         return 0
+    chosen = {} if args.data else {"data_root": first["args"]["data_root"]}  # its own set, where it lay
     for name in args.data or [first["args"]["data"]]:
-        size = argparse.Namespace(**{**vars(args), "image_size": models[0][0].encoder.config["image_size"], "label_fraction": 1.0})
-        _, test_set, metric = open_labelled(name, size)
+        opened = argparse.Namespace(**{**vars(args), **chosen, "image_size": models[0][0].encoder.config["image_size"], "label_fraction": 1.0})
+        _, test_set, metric = in_turn(args, partial(open_labelled, name, opened))
         if list(test_set.classes) != first["classes"]:
             raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
         results = score(probabilities(test_set), labels_of(test_set), metric)
@@ -840,6 +884,10 @@ def evaluate(args, device):
 # --------------------------------------------------------------------------------------------------------------------
 def transfer(args, argv, device):
     """One set after the other; several make a row as in MixedAE Table 2 -> exit code."""
+    if args.several:  # find out what is missing before hours of work
+        size = open_encoder(args)[0].config["image_size"]
+        for name in args.data:
+            in_turn(args, partial(open_labelled, name, argparse.Namespace(**{**vars(args), "image_size": size})))
     rows = {}
     for name in args.data:
         code, rows[name] = run_set(args, argv, name, device)

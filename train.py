@@ -214,7 +214,7 @@ def load_checkpoint(path, args):
     if not isinstance(saved, dict) or not {"model", "optimizer", "scaler", "step", "sums", "args", "global_batch"} <= saved.keys():
         raise UserError(f"{path}: not a checkpoint of train.py; move it away or choose another --out")
     if saved["args"]["method"] != args.method:
-        raise UserError(f"{path} was made with --method {saved['args']['method']} (now {args.method}); use that, or another --out")
+        raise UserError(f"{path} was made with method {saved['args']['method']} (now {args.method}); use that, or another --out")
     return saved
 
 
@@ -388,7 +388,7 @@ class Meter:
     def row(self, run, done):
         seconds = time.perf_counter() - self.started
         means = {name: total / self.sums["count"] for name, total in self.sums.items() if name != "count"}
-        return {"step": done, "epoch": done / run.batches.steps_per_epoch, "lr": run.optimizer.param_groups[0]["lr"], **means,
+        return {"step": done, "epoch": done / run.batches.steps_per_epoch, "lr": max(group["lr"] for group in run.optimizer.param_groups), **means,
                 "images_per_s": (done - self.step) * run.batches.global_batch / seconds, "data_wait": self.waited / seconds,
                 "memory_mb": peak_memory_mb(run.device)}
 
@@ -466,14 +466,20 @@ def run_steps(run, stream, sums, stop, broken, report):
     return done
 
 
+def in_turn(args, open_them):
+    """open_them(); with --download one process of each machine goes first."""
+    later = args.download and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if later:
+        dist.barrier()
+    sets = open_them()
+    if args.download and not later:
+        dist.barrier()
+    return sets
+
+
 def train(args, argv, device):
     """One run, from its flags to its last checkpoint -> exit code."""
-    in_turn = args.download and int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if in_turn:
-        dist.barrier()  # one process of each machine downloads first
-    train_set, val_set = open_sets(args)
-    if args.download and not in_turn:
-        dist.barrier()
+    train_set, val_set = in_turn(args, partial(open_sets, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     run = build_run(args, len(train_set), device)
     run.folder, batches, held_out = folder, run.batches, None

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -83,10 +84,11 @@ def test_published_layouts_give_the_features_that_their_names_imply(name, tmp_pa
     model, images = vit_of(), torch.randn(2, 3, 32, 32)
     torch.save(layouts(model.state_dict())[name], tmp_path / "file.pth")
     loaded, info, fc_norm = finetune.open_encoder(parse("--protocol", "linear", "--encoder", tmp_path / "file.pth"))
-    assert loaded.config == model.config and info["feature"] == "cls"  # 3 heads, from a table of widths
+    assert loaded.config == model.config  # 3 heads, from a table of widths
+    assert info["feature"] == ("mean" if name == "mae_finetuned" else "cls")
     assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])
     said = capsys.readouterr().out
-    others = {"mae_pretrain": 3, "mae_finetuned": 4, "dino_full": 1, "timm": 2}.get(name, 0)
+    others = {"mae_pretrain": 3, "mae_finetuned": 2, "dino_full": 1, "timm": 2}.get(name, 0)
     assert f"all {len(model.state_dict())} tensors of the encoder found, {others} others" in said
     assert (fc_norm is not None) == ("fc_norm stands for norm" in said) == (name == "mae_finetuned")
 
@@ -107,6 +109,9 @@ def test_encoders_that_do_not_fit_are_named(tmp_path):
     for content, words in (
         ({"model": missing}, "no blocks.1.mlp.fc2.bias"), ({**weights, "blocks.0.attn.q_norm.weight": torch.ones(64)}, "q_norm.weight, which our ViT has not"),
         ({**weights, "cls_token": torch.zeros(1, 1, 8)}, "cls_token .1, 1, 8."), ({"a": torch.zeros(1)}, "no Vision Transformer"), ([1, 2], "no weights by name"),
+        ({0: torch.zeros(1)}, "no Vision Transformer"), ({**weights, "pos_embed": torch.zeros(3)}, "no Vision Transformer"),
+        ({"config": "x", "state_dict": {}}, "not a whole encoder.pt"), ({"config": {"kind": "vit"}, "state_dict": {}}, "not a whole encoder.pt"),
+        ({"config": vit_of().config, "state_dict": missing, "feature": "cls"}, "blocks.1.mlp.fc2.bias"), ({"model": weights, "optimizer": {}, "args": {}, "step": 1}, "give the encoder.pt"),
         (odd_width, "give --heads"), ({"model": Hostile()}, "not opened"),
     ):
         torch.save(content, tmp_path / "file.pth")
@@ -285,6 +290,8 @@ def test_average_precision_at_eleven_recalls():
     scores, positive = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, False, False])
     # recall .5 at precision 1, recall 1 at precision 2/3: six levels (0 .. .5) of 1, five of 2/3
     assert finetune.average_precision_11(scores, positive) == pytest.approx((6 + 5 * 2 / 3) / 11)
+    ranking = torch.tensor([True] + [False] * 5 + [True] * 9)  # 10 positives: recall .1 at precision 1, recall 1 at precision 10 / 15
+    assert finetune.average_precision_11(torch.arange(15, 0, -1), ranking) == pytest.approx((2 + 9 * 10 / 15) / 11)  # exact recalls count
     perfect = torch.randn(40, 3)
     assert finetune.score(perfect, (perfect > 0.3).float(), "map11")["map11"] == pytest.approx(100)
 
@@ -323,14 +330,14 @@ def make_aircraft(root):
     return [0, 1, 0], [1]
 
 
-def make_caltech101(root):
+def make_caltech101(root):  # lists name the background too, as Ericsson et al.'s do
     pytest.importorskip("scipy", reason="scipy is not installed; torchvision's Caltech101 needs it")
     base = root / "caltech101"
     for c, name in enumerate(("BACKGROUND_Google", "Faces", "accordion")):
         for i in range(1, 4):
             picture(base / "101_ObjectCategories" / name / f"image_{i:04d}.jpg", 10 * c + i)
     (base / "Annotations").mkdir()
-    write(base / "train.txt", "accordion/image_0001.jpg\nFaces/image_0002.jpg\nFaces/image_0003.jpg\n")
+    write(base / "train.txt", "accordion/image_0001.jpg\nBACKGROUND_Google/image_0001.jpg\nFaces/image_0002.jpg\nFaces/image_0003.jpg\n")
     write(base / "test.txt", "accordion/image_0003.jpg\n")
     return [1, 0, 0], [1]
 
@@ -428,10 +435,10 @@ def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
     expected = MAKERS[name](tmp_path)
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)  # it wants the true files' checksums
     args = parse("--data", name, "--data-root", tmp_path)
-    if finetune.SETS[name].sizes:
-        with pytest.raises(UserError, match="is it complete"):  # the real set's sizes are asserted
-            finetune.open_labelled(name, args)
-    monkeypatch.setitem(finetune.SETS, name, finetune.SETS[name]._replace(sizes=tuple(map(len, expected))))
+    with pytest.raises(UserError, match="is it complete"):  # the real set's sizes are asserted
+        finetune.open_labelled(name, args)
+    sizes = (4, 1) if name == "caltech101" else tuple(map(len, expected))  # of the lists
+    monkeypatch.setitem(finetune.SETS, name, finetune.SETS[name]._replace(sizes=sizes))
     sets = finetune.open_labelled(name, args)
     for found, labels in zip(sets, expected):
         assert [found.label(i) for i in range(len(found))] == labels
@@ -445,6 +452,14 @@ def test_sets_that_are_not_there_say_what_to_do(tmp_path):
         with pytest.raises(UserError, match="looked below") as raised:
             finetune.open_labelled(name, parse("--data-root", tmp_path))
         assert "\n" not in str(raised.value) and (finetune.SETS[name].by_hand or "--download") in str(raised.value) or "scipy" in str(raised.value)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    for module in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "stanford_cars").mkdir()
+    with pytest.raises(UserError, match="pip install scipy"):
+        finetune.open_labelled("cars", parse("--data-root", tmp_path))
 
 
 def test_fewer_labels_of_each_class(folder):
@@ -494,8 +509,11 @@ def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder
     assert f"top1 {results['best_top1']:.2f}" in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(encoder, folder, tmp_path, monkeypatch):
-    flags = ("--protocol", "finetune", "--encoder", encoder, "--data", folder, "--log-every", 2)
+@pytest.mark.parametrize("protocol", [("finetune",), ("attentive",), ("linear", "--cache-features")], ids=" ".join)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(protocol, encoder, folder, tmp_path, monkeypatch):
+    flags = ("--protocol", *protocol, "--encoder", encoder if protocol != ("linear", "--cache-features") else "none", "--data", folder, "--log-every", 2)
+    if "none" in flags:
+        flags += ("--image-size", 16, "--patch-size", 4)  # a random encoder is the same one each time
     run(*flags, "--out", tmp_path / "whole")
     with monkeypatch.context() as patched:
         interrupt_at(patched, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -543,6 +561,7 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"), (("--patch-size", 8), "has 4"), (("--protocol", "lineal"), "invalid choice"),
         (("--drop-path", 0.1), "unrecognized"), (("--label-fraction", 0), "out of range"), (("--evaluate", tmp_path), "no such file"),
         (("--evaluate", encoder), "not a best.pt"), (("--data", "nowhere"), "neither a set"), (("--protocol", "finetune", "--layer-decay", 2), "out of range"),
+        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"),
     ):
         run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)

@@ -3,6 +3,7 @@
 KILLS=20 pytest tests/test_processes.py -k killed    kills each kind of run twenty times
 """
 import contextlib
+import json
 import os
 import random
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
+import vit
 from conftest import ROOT, TINY
 from test_mixedae import ROWS
 from test_train import checkpoint, rows, same_weights, without_clock
@@ -129,3 +132,25 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert "the same command resumes" in output and checkpoint(tmp_path)["step"] > 0
+
+
+def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path):
+    """finetune.py: the same accuracy and the same confusion of given weights, with batches that do not divide the test set."""
+    torch.manual_seed(0)
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
+    outputs = []
+    for processes in (1, 2):
+        launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        run = [*launch, str(ROOT / "finetune.py"), "--device", "cpu", "--workers", "0", "--data", str(folder)]
+        out = tmp_path / f"run{processes}"
+        to_the_end(*run, "--encoder", str(tmp_path / "encoder.pt"), "--protocol", "linear", "--cache-features", "--epochs", "3", "--batch-size", str(6 // processes),
+                   "--out", str(out))
+        before = (out / "results.json").read_text()
+        again = to_the_end(*run, "--encoder", str(tmp_path / "encoder.pt"), "--protocol", "linear", "--cache-features", "--epochs", "3", "--batch-size",
+                           str(6 // processes), "--out", str(out))
+        assert "finished already" in again and (out / "results.json").read_text() == before  # all processes test with the same statistics
+        outputs.append(to_the_end(*run, "--evaluate", str(tmp_path / "run1"), "--batch-size", "3").splitlines()[-1])
+        assert sum(int(value) for line in (out / "confusion.csv").read_text().splitlines()[1:] for value in line.split(",")[1:]) == 8  # every sample once
+    assert outputs[0] == outputs[1] and "top1" in outputs[0]
+    one, two = (json.loads((tmp_path / f"run{processes}" / "results.json").read_text()) for processes in (1, 2))
+    assert one["knn_top1"] == two["knn_top1"]

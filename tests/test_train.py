@@ -135,7 +135,7 @@ def test_draw_makes_the_pictures_of_given_images_with_the_runs_own_flags(referen
         run("--method", "mixedae", "--out", reference, "--draw", *flags, code=2)
         one_line(capsys, words)
     run("--method", "mae", "--out", reference, "--draw", *images, code=2)
-    one_line(capsys, "--method mixedae (now mae)")
+    one_line(capsys, "method mixedae (now mae)")
     run("--method", "mae", "--out", tmp_path, "--draw", *images, code=2)
     one_line(capsys, "checkpoint.pt: no such file")
 
