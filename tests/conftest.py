@@ -47,10 +47,10 @@ def randomize(model):
     return model
 
 
-def run(*flags, code=0):
-    """train.main in-process with tiny sizes; asserts the exit code."""
+def run(*flags, code=0, main=train.main, defaults=TINY):
+    """train.main, or another program's, in-process with tiny sizes; asserts the exit code."""
     try:
-        train.main([*TINY, *map(str, flags)])
+        main([*defaults, *map(str, flags)])
         left = 0
     except SystemExit as error:
         left = error.code

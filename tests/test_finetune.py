@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torchvision
 from PIL import Image
 from torch.testing import assert_close
 
+import conftest
 import data
 import finetune
 import train
@@ -23,16 +25,7 @@ from test_train import Hostile, interrupt_at, one_line, rows
 from vit import UserError, ViT
 
 QUICK = "--workers 0 --device cpu --epochs 2 --batch-size 8".split()
-
-
-def run(*flags, code=0):
-    """finetune.main in-process; asserts the exit code."""
-    try:
-        finetune.main([*QUICK, *map(str, flags)])
-        left = 0
-    except SystemExit as error:
-        left = error.code
-    assert left == code
+run = partial(conftest.run, main=finetune.main, defaults=QUICK)
 
 
 def parse(*flags):
