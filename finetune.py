@@ -43,10 +43,10 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (MEAN, NAMES, STD, Batches, Cover, RunFolder, Samples, add_data_args, heat_map, loader, normalize, open_folder, open_sets,
+from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
-from train import (RANGES, Parser, Run, add_run_args, amp_dtype, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
-                   work, wrap)
+from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
+                   work)
 from train import parse_args as train_args
 from vit import UserError, ViT, add_size_args, build_encoder, init_weights, load_file, resize_positions, unpack_encoder
 
@@ -730,16 +730,6 @@ class Task:
                 "args": vars(self.args), "classes": list(self.classes), "metric": self.metric}
 
 
-def build_run(task, folder):
-    """The Run of train.py's loop."""
-    args, device = task.args, task.device
-    batches = Batches(len(task.samples), args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
-    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR[args.protocol])
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
-    ddp = wrap(task.model.train(), args, device, *task.example())
-    return Run(args, device, batches, task.model, ddp, build_optimizer(task.model, args), scaler, lr, folder, task.inputs, MIN_LR[args.protocol])
-
-
 def run_set(args, argv, name, device):
     """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
     torch.manual_seed(args.seed)  # every process starts from the same random encoder, if it is one, and from the same head
@@ -757,7 +747,9 @@ def run_set(args, argv, name, device):
         with contextlib.suppress(RuntimeError):  # of another shape: `resume` will name the flags
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
     task.prepare(train_set)
-    run = build_run(task, folder)
+    optimizer = build_optimizer(task.model.train(), args)
+    run = assemble(args, task.model, optimizer, task.example(), len(task.samples), LAPTOP_LR[args.protocol], device, folder=folder, inputs=task.inputs,
+                   min_lr=MIN_LR[args.protocol])
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     if run.batches.start < run.batches.steps:

@@ -271,16 +271,21 @@ class Run:
     min_lr: float = 0.0  # the end of the schedule
 
 
-def build_run(args, length, device):
-    """Model, optimizer and plan of a run over a set of `length` images."""
+def assemble(args, model, optimizer, example, length, laptop_lr, device, **more):
+    """A run of a model over a set of `length` images. example: what the model is called with; more: further fields of Run."""
     batches = Batches(length, args.batch_size, args.accumulate, dist.get_rank(), dist.get_world_size(), args.seed, args.epochs)
-    torch.manual_seed(args.seed)  # every process starts from the same weights
-    model = METHODS[args.method](args).to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256
-    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else LAPTOP_LR)
-    ddp = wrap(model, args, device, torch.zeros(args.batch_size, 3, *args.image_size, device=device))
-    return Run(args, device, batches, model, ddp, build_optimizer(model, args), scaler, lr)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else laptop_lr)
+    return Run(args, device, batches, model, wrap(model, args, device, *example), optimizer, scaler, lr, **more)
+
+
+def build_run(args, length, device):
+    """A run of --method."""
+    torch.manual_seed(args.seed)  # every process starts from the same weights
+    model = METHODS[args.method](args).to(device)
+    example = torch.zeros(args.batch_size, 3, *args.image_size, device=device)
+    return assemble(args, model, build_optimizer(model, args), [example], length, LAPTOP_LR, device)
 
 
 def save(run, step, sums):
