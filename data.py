@@ -1,6 +1,6 @@
 """Data sets, transforms, loaders, and the folder that a run writes: the one file that knows file formats, image mean and deviation.
 
-Reading order of the project: vit -> mrmae -> mixedae -> **data** -> train.
+Reading order of the project: vit -> mrmae -> mixedae -> **data** -> train -> finetune.
 
     --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label)
         -- Samples: fetch, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->

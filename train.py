@@ -1,6 +1,6 @@
 """Pre-train any of the methods: one loop for one process and for many, on CPU and on CUDA.
 
-Reading order of the project: vit -> mrmae -> mixedae -> data -> **train**.
+Reading order of the project: vit -> mrmae -> mixedae -> data -> **train** -> finetune.
 
     python train.py --method mixedae                                   # drawn images, a laptop, no network
     python train.py --method mae --data path/to/images --size base     # any folder

@@ -1,6 +1,6 @@
 """The Vision Transformer that every method here trains, and the few pieces that several methods share.
 
-Reading order of the project: **vit** -> mrmae -> mixedae -> data -> train.
+Reading order of the project: **vit** -> mrmae -> mixedae -> data -> train -> finetune.
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into it and its own
 weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6), `Attention.topk`, which adds no
