@@ -613,10 +613,12 @@ def confusion_matrix(predicted, labels, classes):
 
 def average_precision_11(scores, positive):
     """VOC2007's: the mean over the recalls 0, .1, .., 1 of the best precision at that recall or a higher one. scores (N,), positive (N,)."""
+    if not positive.any():
+        return torch.zeros((), dtype=torch.float64)  # nothing to find
     hits = positive[scores.argsort(descending=True, stable=True)].double()
     recall, precision = hits.cumsum(0) / hits.sum(), hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    best = [precision[recall >= level].max(dim=0, keepdim=True).values if (recall >= level).any() else torch.zeros(1) for level in torch.arange(11, dtype=torch.float64) / 10 - 1e-9]
-    return torch.cat([value.double() for value in best]).mean()
+    levels = torch.arange(11, dtype=torch.float64) / 10 - 1e-9  # a recall of just .3 reaches the level .3
+    return torch.stack([precision[recall >= level].max() for level in levels]).mean()
 
 
 def score(scores, labels, metric):

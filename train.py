@@ -288,12 +288,16 @@ def build_run(args, length, device):
     return assemble(args, model, build_optimizer(model, args), [example], length, LAPTOP_LR, device)
 
 
+def write_encoder(run):
+    return run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
+
+
 def save(run, step, sums):
     """encoder.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
     exports = hasattr(run.model, "export")  # a classifier does not
-    if not exports or run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file)):
+    if not exports or write_encoder(run):
         run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
 
 
@@ -497,7 +501,7 @@ def train(args, argv, device):
     done = batches.start
     if done == batches.steps:
         if folder:  # again, because --segment-export may have changed
-            folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
+            write_encoder(run)
         farewell(run, done)
         return int(bool(folder and folder.failed))
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
