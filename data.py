@@ -70,8 +70,16 @@ def seed_torch(*what):
 # --------------------------------------------------------------------------------------------------------------------
 # Decoding
 # --------------------------------------------------------------------------------------------------------------------
+def from_pil(image):
+    """A PIL image -> uint8 RGB (3, H, W): grey and palettes expanded, alpha dropped, EXIF rotation applied, 16 bits / 256."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL would clip 16 bits to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
 def decode(path):
-    """An image file -> uint8 RGB (3, H, W): grey and palettes expanded, alpha dropped, EXIF rotation applied, 16 bits / 256.
+    """An image file -> uint8 RGB (3, H, W), as `from_pil` has it.
 
     JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, and what it cannot read, to PIL.
     (On damaged PNGs torchvision's decoder can take the process with it.)
@@ -82,10 +90,7 @@ def decode(path):
             warnings.simplefilter("ignore", DeprecationWarning)
             return torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # PIL would clip 16 bits to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return from_pil(image)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ class Torchvision:
 
     def __getitem__(self, i):
         image, label = self.dataset[i]
-        return v2.functional.pil_to_tensor(image.convert("RGB")), label
+        return from_pil(image), label
 
     def name(self, i):
         return f"sample {i} of {type(self.dataset).__name__}"

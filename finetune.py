@@ -27,6 +27,7 @@ MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because librarie
 import argparse
 import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, heat_map, loader, normalize, open_folder, open_sets,
+from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
                    work)
@@ -81,6 +82,9 @@ def parse_args(argv=None):
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, several as an ensemble of averaged probabilities, and stop")
     add("--predict", metavar="FOLDER", help="with --evaluate: the classes of the images in this folder, as a CSV")
     add("--label-fraction", type=float, default=1.0, help="use this share of each class's training images (ours)")
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's "
+        "augreg files want .5 .5 .5]")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same, the deviation [timm's augreg files: .5 .5 .5]")
     add_run_args(parser)
     add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
     add_size_args(parser, decoder=False)
@@ -100,6 +104,11 @@ def parse_args(argv=None):
         parser.error(f"--predict {args.predict}: goes with --evaluate RUN")
     args.data = args.data or ([] if args.evaluate else ["shapes"])
     args.several = len(args.data) > 1
+    names = [Path(name).name for name in args.data]
+    if twice := [data for data, name in zip(args.data, names) if names.count(name) > 1]:
+        parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
+    if args.std and min(args.std) <= 0:
+        parser.error(f"--std {' '.join(map(str, args.std))}: must be above 0")
     return args
 
 
@@ -180,9 +189,10 @@ def open_encoder(args):
     """--encoder -> (ViT at --image-size, info, state of a LayerNorm for mean features or None). info has method, feature, mean, std."""
     info, fc_norm, path = {"method": "random", "feature": "mean", "mean": list(MEAN), "std": list(STD)}, None, args.encoder
     given = {flag: getattr(args, flag) for flag in ("image_size", "patch_size", "size", "width", "depth", "heads") if getattr(args, flag) is not None}
+    statistics = {key: value for key, value in (("mean", args.mean), ("std", args.std)) if value}
     if path == "none":
         words = [word for flag, value in given.items() for word in (f"--{flag.replace('_', '-')}", *(value if isinstance(value, list) else [value]))]
-        return build_encoder(train_args(["--method", "mixedae", *map(str, words)])), info, None
+        return build_encoder(train_args(["--method", "mixedae", *map(str, words)])), {**info, **statistics}, None
 
     state = load_file(path)
     if not isinstance(state, dict):
@@ -213,7 +223,7 @@ def open_encoder(args):
     encoder = ViT(**{**shape, "image_size": [size[0], size[-1]]})
     grid = [side // shape["patch_size"] for side in shape["image_size"]]
     encoder.load_state_dict({**weights, "pos_embed": resize_positions(weights["pos_embed"], grid, encoder.grid)})
-    return encoder, info, fc_norm
+    return encoder, {**info, **statistics}, fc_norm
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,9 +281,7 @@ class Labelled:
     def __getitem__(self, i):
         part, j = self.where[i]
         image = self.parts[part][0][j][0]
-        if not isinstance(image, torch.Tensor):  # torchvision's sets give PIL images
-            image = v2.functional.pil_to_tensor(image.convert("RGB"))
-        return image, self.label(i)
+        return image if isinstance(image, torch.Tensor) else from_pil(image), self.label(i)  # torchvision's sets give PIL images
 
     def name(self, i):
         part, j = self.where[i]
@@ -766,8 +774,7 @@ def run_set(args, argv, name, device):
     results = {**score(scores, task.labels, metric), **task.neighbours}
     if folder:
         results[f"best_{metric}"] = max([row[metric] for row in read_log(args.out) if metric in row], default=results[metric])
-        folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-        show_mistakes(folder, scores, task)
+        write_results(folder, results, scores, task.labels, task.classes)
         if args.protocol == "attentive":
             show_attention(folder, test_set, task)
         done = "" if run.batches.start < run.batches.steps else "finished already, "
@@ -787,16 +794,23 @@ def announce(run, train_set, test_set, metric):
           f"features: {run.model.feature}\n{sum(p.numel() for p in run.model.parameters() if p.requires_grad)} trained parameters, batch "
           f"{run.batches.global_batch}, learning rate {run.lr:g} ({rule}), {args.epochs} epochs x {run.batches.steps_per_epoch} steps, starting at step "
           f"{run.batches.start}", flush=True)
+    if args.protocol == "linear" and run.batches.steps < 200:
+        print(f"note: {run.batches.steps} steps are few for LARS, whose weights grow by some per cent a step; more --epochs or a smaller --batch-size help", flush=True)
 
 
-def show_mistakes(folder, scores, task):
-    """confusion.csv, rows the true classes, and its picture, each row divided by its sum; not for many labels an image."""
-    if task.model.multi_label:
+def write_csv(folder, name, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    folder.write(name, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_results(folder, results, scores, labels, classes):
+    """results.json; for one label an image also confusion.csv, rows the true classes, and its picture, each row divided by its sum."""
+    folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+    if labels.ndim > 1:
         return
-    matrix = confusion_matrix(scores.argmax(dim=1).cpu(), task.labels, scores.shape[1])
-    lines = [",".join(["true \\ predicted", *map(str, task.classes)])]
-    lines += [",".join([str(name), *map(str, row)]) for name, row in zip(task.classes, matrix.tolist())]
-    folder.write("confusion.csv", lambda file: file.write("\n".join(lines).encode()))
+    matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(classes))
+    write_csv(folder, "confusion.csv", [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, matrix.tolist()))])
     shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)  # (classes, classes)
     picture = heat_map(shares.unsqueeze(0), torch.zeros(1, 3, *shares.shape)) / 0.65
     picture = v2.functional.resize(v2.functional.to_pil_image(picture[0]), [max(256, len(shares))] * 2, interpolation=v2.InterpolationMode.NEAREST)
@@ -850,18 +864,17 @@ def evaluate(args, device):
             total = total + over_the_set(of_images, EachOnce(dataset, model.encoder.config["image_size"]), args, device)
         return total / len(models)
 
+    place = Path(args.out or "runs/evaluate")
     if args.predict:
         files = open_folder(args.predict)
         p = probabilities(Labelled([(files, [-1] * len(files))], first["classes"]))
-        best = p.max(dim=1)
+        shown = F.one_hot(p.argmax(dim=1), p.shape[1]).bool()  # the best class; for many labels an image also what is likelier than not
+        if first["metric"] == "map11":
+            shown |= p >= 0.5
         if dist.get_rank() == 0:
-            path = Path(args.out or ".") / "predictions.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(["file", "class", "probability"])
-                writer.writerows([name, first["classes"][c], f"{value:.6f}"] for name, c, value in zip(files.paths, best.indices.tolist(), best.values.tolist()))
-            print(f"{path}: {len(files)} images", flush=True)
+            rows = ([files.paths[i], first["classes"][c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist())
+            write_csv(RunFolder(place), "predictions.csv", [["file", "class", "probability"], *rows])
+            print(f"{place / 'predictions.csv'}: {len(files)} images", flush=True)
         return 0
     chosen = {} if args.data else {"data_root": first["args"]["data_root"]}  # its own set, where it lay
     for name in args.data or [first["args"]["data"]]:
@@ -869,8 +882,10 @@ def evaluate(args, device):
         _, test_set, metric = in_turn(args, partial(open_labelled, name, opened))
         if list(test_set.classes) != first["classes"]:
             raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
-        results = score(probabilities(test_set), labels_of(test_set), metric)
+        p, labels = probabilities(test_set), labels_of(test_set)
+        results = score(p, labels, metric)
         if dist.get_rank() == 0:
+            write_results(RunFolder(place / Path(name).name if args.several else place), results, p, labels, test_set.classes)
             print(f"{' + '.join(args.evaluate)} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return 0
 

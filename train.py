@@ -556,9 +556,8 @@ def farewell(run, done):
     if done < steps:
         print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
-    other = "mae" if args.method != "mae" else "mixedae"
     print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds encoder.pt (what transfers), checkpoint.pt, "
-          f"log.jsonl and pictures/. To compare: python train.py --method {other} --data {args.data}", flush=True)
+          f"log.jsonl and pictures/. What is it worth? python finetune.py --encoder {args.out}/encoder.pt --cache-features --data {args.data}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

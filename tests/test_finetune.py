@@ -133,6 +133,13 @@ def test_no_encoder_is_a_random_one_of_train_pys_sizes():
     assert made.config["image_size"] == [32, 32] and len(made.blocks) == 3 and made.width == 128 and info["method"] == "random"
 
 
+def test_image_statistics_can_be_given(encoder):
+    for name in ("none", encoder):
+        assert finetune.open_encoder(parse("--encoder", name))[1]["mean"] == list(data.MEAN)
+        info = finetune.open_encoder(parse("--encoder", name, "--mean", .5, .5, .5, "--std", .4, .4, .4))[1]
+        assert (info["mean"], info["std"]) == ([.5] * 3, [.4] * 3)  # timm's augreg files
+
+
 def test_an_encoder_file_loads_strictly_into_timm(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed; it is not required")
     model = vit_of(192, 12, 3, (224, 224), 16)
@@ -440,6 +447,16 @@ def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
     assert sets[2] == {"voc2007": "map11", **dict.fromkeys(("aircraft", "caltech101", "flowers", "pets"), "mean_per_class")}.get(name, "top1")
 
 
+def test_turned_photographs_of_transfer_sets_stand_upright(tmp_path, monkeypatch):
+    make_pets(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (24, 20), "red").save(tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg", exif=exif)
+    monkeypatch.setitem(finetune.SETS, "pets", finetune.SETS["pets"]._replace(sizes=(2, 2)))
+    train_set, _, _ = finetune.open_labelled("pets", parse("--data-root", tmp_path))
+    assert train_set[0][0].shape == (3, 24, 20) and train_set[1][0].shape == (3, 20, 24)
+
+
 def test_sets_that_are_not_there_say_what_to_do(tmp_path):
     for name in finetune.SETS:
         with pytest.raises(UserError, match="looked below") as raised:
@@ -498,8 +515,10 @@ def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder
     assert predicted[0] == ["file", "class", "probability"] and len(predicted) == 9 and all(0.5 <= float(line[2]) <= 1 for line in predicted[1:])
     right = sum(line[1] in line[0] for line in predicted[1:])
     assert 100 * right / 8 == pytest.approx(results["best_top1"])  # best.pt, an ensemble with itself
-    run("--evaluate", tmp_path / "run")  # on the set that it was trained for
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "out")  # on the set that it was trained for
     assert f"top1 {results['best_top1']:.2f}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == pytest.approx(results["best_top1"])
+    assert {"confusion.csv", "predictions.csv"} <= set(os.listdir(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("protocol", [("finetune",), ("attentive",), ("linear", "--cache-features")], ids=" ".join)
@@ -525,6 +544,9 @@ def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch)
     last = capsys.readouterr().out.strip().splitlines()[-2:]
     assert last[0] == f"| {folder} | voc2007 | Avg. |" and len(last[1].split("|")) == 5
     assert sorted(os.listdir(tmp_path / "runs")) == sorted([f"mixedae-linear-{folder.name}", "mixedae-linear-voc2007"])
+    run("--evaluate", tmp_path / "runs" / "mixedae-linear-voc2007", "--predict", tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages", "--out", tmp_path)
+    predicted = [line[:2] for line in csv.reader((tmp_path / "predictions.csv").open())][1:]
+    assert len({name for name, _ in predicted}) == 3 and len(predicted) >= 3  # many classes an image, each likelier than not; the best in any case
 
 
 def test_probes_tell_apart_what_can_be_told_apart(encoder, tmp_path):
@@ -554,7 +576,8 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"), (("--patch-size", 8), "has 4"), (("--protocol", "lineal"), "invalid choice"),
         (("--drop-path", 0.1), "unrecognized"), (("--label-fraction", 0), "out of range"), (("--evaluate", tmp_path), "no such file"),
         (("--evaluate", encoder), "not a best.pt"), (("--data", "nowhere"), "neither a set"), (("--protocol", "finetune", "--layer-decay", 2), "out of range"),
-        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"),
+        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"), (("--std", 1, 0, 1), "must be above 0"),
+        (("--data", folder, tmp_path / "x" / folder.name), "would share a folder"),
     ):
         run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)
