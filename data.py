@@ -1,6 +1,6 @@
 """Data sets, transforms, loaders, and the folder that a run writes: the one file that knows file formats, image mean and deviation.
 
-Reading order of the project: vit -> mrmae -> mixedae -> **data** -> train -> finetune.
+Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune.
 
     --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label)
         -- Samples: fetch, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
@@ -460,6 +460,16 @@ def heat_map(maps, images):
     heat = v2.functional.resize(heat, images.shape[-2:], interpolation=v2.InterpolationMode.NEAREST).unsqueeze(1)  # (B, 1, H, W)
     hot = (3 * heat - torch.arange(3, device=heat.device).view(3, 1, 1)).clamp(0, 1)  # (B, 3, H, W)
     return 0.35 * images.mean(dim=1, keepdim=True) + 0.65 * hot
+
+
+def outline(maps, pictures, mass=0.5, colour=(0.0, 0.4, 1.0)):
+    """A contour on pictures (B, 3, H, W) around the largest values of maps (B, h, w) that together hold `mass` of their sum (CAE Fig. 4)."""
+    values, order = maps.flatten(1).sort(dim=1, descending=True)  # (B, L)
+    before = values.cumsum(dim=1) - values  # mass of the larger ones
+    inside = torch.zeros_like(values).scatter(1, order, (before < mass * values.sum(dim=1, keepdim=True)).float()).view_as(maps)
+    inside = v2.functional.resize(inside, pictures.shape[-2:], interpolation=v2.InterpolationMode.NEAREST).unsqueeze(1)  # (B, 1, H, W)
+    edge = inside - (1 - torch.nn.functional.max_pool2d(1 - inside, 3, stride=1, padding=1))  # the pixels inside that touch the outside
+    return torch.where(edge > 0, torch.tensor(colour).view(3, 1, 1), pictures)
 
 
 def picture_sheet(panels, titles):

@@ -1,6 +1,6 @@
 """What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, and k nearest neighbours, on any labelled set.
 
-Reading order of the project: vit -> mrmae -> mixedae -> data -> train -> **finetune**.
+Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> **finetune**.
 
     python finetune.py --encoder runs/mixedae/encoder.pt --protocol linear --cache-features            # a probe on `shapes`, in a minute
     python finetune.py --encoder none --protocol linear --cache-features                               # its baseline: a random encoder
@@ -44,6 +44,7 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import cae
 from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
@@ -127,12 +128,20 @@ def add_finetune_args(parser):
 # --------------------------------------------------------------------------------------------------------------------
 # Encoders
 # --------------------------------------------------------------------------------------------------------------------
-# Published layouts: where the weights lie in a file (or they are the file), and the feature that its authors probe. All of these are plain
-# ViTs with the names that ours has too.
-Layout = namedtuple("Layout", "name inside feature")
-LAYOUTS = (Layout("MAE or timm", ("model", "state_dict"), "cls"), Layout("DINO", ("teacher", "student"), "cls"))
+def from_cae(weights):
+    """A CAE encoder's names, its prefix `encoder.` stripped, -> ours; the regressor's position table would take the encoder's place."""
+    return cae.from_official({name: value for name, value in weights.items() if name != "rd_pos_embed"})
+
+
+# Published layouts: how to know one by its names; where the weights lie in a file (or they are the file); what turns its names into those
+# of our ViT; the feature that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
+Layout = namedtuple("Layout", "name sign inside convert feature heads")
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module"), from_cae, "cls", {**HEADS, 384: 12}),
+           Layout("DINO", "", ("teacher", "student"), dict, "cls", HEADS),
+           Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS))
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of published ViTs, by width: no state dict shows them
+LEFT_ASIDE = ("head", "fc_norm", "pre_logits", "decoder", "mask_token", "regressor", "project", "lm_head")  # what is no part of an encoder
 
 
 def say(line):
@@ -149,11 +158,14 @@ def strip_prefixes(weights):
 
 def read_published(state, path, heads):
     """A published file's content -> (weights by our names, shape of the ViT, feature that its authors probe, layout)."""
-    if {"optimizer", "args", "step"} <= state.keys():
-        raise UserError(f"{path}: a checkpoint of train.py; give the encoder.pt beside it")
-    layout = next((row for row in LAYOUTS if any(isinstance(state.get(key), dict) for key in row.inside)), LAYOUTS[0])
-    weights = next((state[key] for key in layout.inside if isinstance(state.get(key), dict)), state)
-    weights = strip_prefixes({name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, torch.Tensor)})
+    if "args" in state and ({"optimizer", "step"} <= state.keys() or {"config", "info", "classes"} <= state.keys()):
+        raise UserError(f"{path}: a checkpoint of this project, not an encoder; give the encoder.pt of the run that made it")
+    for layout in LAYOUTS:
+        weights = next((state[key] for key in layout.inside if isinstance(state.get(key), dict)), {} if layout.name == "DINO" else state)
+        weights = strip_prefixes({name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, torch.Tensor)})
+        if weights and (not layout.sign or layout.sign in weights):
+            break
+    weights = layout.convert(weights)
     try:
         width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -164,10 +176,10 @@ def read_published(state, path, heads):
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
         raise UserError(f"{path}: no Vision Transformer for colour images in it (looked for patch_embed.proj.weight, pos_embed and "
                         f"blocks.0.mlp.fc1.weight)") from None
-    if heads is None and width not in HEADS:
+    if heads is None and width not in layout.heads:
         raise UserError(f"{path}: its file does not say how many heads a ViT of width {width} has; give --heads")
     layer_scale = 1.0 if "blocks.0.ls1.gamma" in weights else None
-    shape = dict(image_size=[side * patch_size] * 2, patch_size=patch_size, width=width, depth=depth, heads=heads or HEADS[width],
+    shape = dict(image_size=[side * patch_size] * 2, patch_size=patch_size, width=width, depth=depth, heads=heads or layout.heads[width],
                  channels=channels, mlp_ratio=mlp_ratio, layer_scale=layer_scale)
     return weights, shape, layout.feature, layout.name
 
@@ -178,7 +190,7 @@ def match(weights, shape, path, layout):
     left = weights.keys() - ours.keys()
     wrong = [f"no {name}" for name in ours if name not in weights]
     wrong += [f"{name} {tuple(weights[name].shape)} (here {size})" for name, size in ours.items() if name in weights and tuple(weights[name].shape) != size]
-    wrong += [f"{name}, which our ViT has not" for name in sorted(left) if name.split(".")[0] in ("blocks", "patch_embed", "norm", "norm_pre", "reg_token")]
+    wrong += [f"{name}, which our ViT has not" for name in sorted(left) if not name.startswith(LEFT_ASIDE)]
     if wrong:
         raise UserError(f"{path}: does not fit a ViT: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
     say(f"{path}: {layout} layout, all {len(ours)} tensors of the encoder found, {len(left)} others (heads, decoder) left aside")

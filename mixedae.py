@@ -1,6 +1,6 @@
 """Mixed Autoencoder (MixedAE), Chen et al., CVPR 2023, arXiv 2303.17152.
 
-Reading order of the project: vit -> mrmae -> **mixedae** -> data -> train -> finetune.
+Reading order of the project: vit -> mrmae -> **mixedae** -> cae -> data -> train -> finetune.
 
 Mix the patches of n = 1/r images into one, let each patch find the patches of its own image, and rebuild all n images:
 

@@ -2,7 +2,7 @@
 
 MR-MAE's own additions (Sec. 3.2 on) are not here yet; the file has its name because plain MAE is where that paper starts.
 
-Reading order of the project: vit -> **mrmae** -> mixedae -> data -> train -> finetune.
+Reading order of the project: vit -> **mrmae** -> mixedae -> cae -> data -> train -> finetune.
 
 Hide 75 % of the patches of an image, encode the visible quarter alone, let a small decoder rebuild the pixels of the rest:
 

@@ -1,6 +1,6 @@
 """Pre-train any of the methods: one loop for one process and for many, on CPU and on CUDA.
 
-Reading order of the project: vit -> mrmae -> mixedae -> data -> **train** -> finetune.
+Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> **train** -> finetune.
 
     python train.py --method mixedae                                   # drawn images, a laptop, no network
     python train.py --method mae --data path/to/images --size base     # any folder
@@ -35,22 +35,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from cae import CAE, DVAE
 from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, centred, decode, heat_map, loader, normalize,
-                  object_awareness, open_sets, picture_sheet, seed_torch, some_images, train_transform)
+                  object_awareness, open_sets, outline, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
-from vit import Block, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
+from vit import SIZES, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
-# export() -> what encoder.pt holds.
+# export() -> what encoder.pt holds. One that trains no encoder names its file in `exports`; one with sizes of its own has `sizes`. Before
+# each step the loop sets `progress`, the share of the run that is done, for methods that have schedules of their own.
 # A new one: write its file, add it here.
-METHODS = {"mae": MAE, "mixedae": MixedAE}
+METHODS = {"mae": MAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
               "draw", "segment_export", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
-RANGES = {**dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), (1, math.inf)), **dict.fromkeys(("lr", "blr"), (1e-12, math.inf)),
-          **dict.fromkeys(("workers", "val_images", "save_every", "warmup_epochs", "weight_decay"), (0, math.inf)), "beta2": (0, 1), "seed": (0, 2**63)}
+RANGES = {**dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), (1, math.inf)), **dict.fromkeys(("lr", "blr", "clip_grad"), (1e-12, math.inf)),
+          **dict.fromkeys(("workers", "val_images", "save_every", "warmup_epochs", "weight_decay", "min_lr"), (0, math.inf)), "beta2": (0, 1), "seed": (0, 2**63)}
 BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
 
 
@@ -72,6 +74,7 @@ def add_run_args(parser):
     add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
     add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
     add("--lr", type=float, help="absolute learning rate, wins over --blr [neither: ours, for a laptop]")
+    add("--clip-grad", type=float, metavar="NORM", help="scale gradients down to this norm (CAE's code: 3) [off, as in MAE's]")
     add("--weight-decay", type=float, default=0.05, help="not on biases and one-dimensional parameters (MAE's code; MixedAE Sec. 4.1: as MAE)")
     add("--seed", type=int, default=0, help="of initialisation, order, augmentation, masks")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: on CUDA bf16, or fp16 on older cards; on CPU fp32")
@@ -106,19 +109,20 @@ def parse_args(argv=None, base=()):
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_run_args(parser)
     add = parser.add_argument_group("pre-training").add_argument
+    add("--min-lr", type=float, default=0.0, help="where the cosine ends (MAE's code: 0; CAE's: 1e-5)")
     add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9 (MAE's code; MixedAE Sec. 4.1: as MAE)")
     add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published MAE file")
     add("--val-images", type=int, default=512, help="images of the val set for val_loss (ours); 0: none")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
     add("--draw", nargs="+", metavar="IMAGE", help="draw pictures of these images with the run in --out, and stop")
     add_data_args(parser)
-    add_size_args(parser)
+    add_size_args(parser, *[not hasattr(METHODS[method], "exports")] * 2)
     METHODS[method].add_args(parser)
 
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
     check_ranges(parser, args)
-    resolve_sizes(args)
+    resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))
     return args
 
 
@@ -176,7 +180,7 @@ def build_optimizer(model, args):
 
 def wrap(model, args, device, *example):
     """DDP around the model, for one process too, so that there is one path. Applies --compile and --recompute. example: what it is called with."""
-    for block in (m for m in model.modules() if isinstance(m, Block)):
+    for block in (m for m in model.modules() if hasattr(m, "recompute")):
         block.recompute = args.recompute
         if args.compile:
             block.compile(dynamic=False)  # in place: the names in the state dict stay
@@ -285,19 +289,19 @@ def build_run(args, length, device):
     torch.manual_seed(args.seed)  # every process starts from the same weights
     model = METHODS[args.method](args).to(device)
     example = torch.zeros(args.batch_size, 3, *args.image_size, device=device)
-    return assemble(args, model, build_optimizer(model, args), [example], length, LAPTOP_LR, device)
+    return assemble(args, model, build_optimizer(model, args), [example], length, LAPTOP_LR, device, min_lr=args.min_lr)
 
 
-def write_encoder(run):
-    return run.folder.write("encoder.pt", lambda file: torch.save(run.model.export(), file))
+def write_export(run):
+    return run.folder.write(getattr(run.model, "exports", "encoder.pt"), lambda file: torch.save(run.model.export(), file))
 
 
 def save(run, step, sums):
-    """encoder.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
+    """encoder.pt or tokenizer.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
     exports = hasattr(run.model, "export")  # a classifier does not
-    if not exports or write_encoder(run):
+    if not exports or write_export(run):
         run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
 
 
@@ -315,7 +319,10 @@ def forward_backward(run, micro_batches, step):
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0) + value / len(micro_batches)
     run.scaler.unscale_(run.optimizer)
-    sums["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
+    trained = [p for p in run.model.parameters() if p.grad is not None]
+    sums["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    if run.args.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(trained, run.args.clip_grad, sums["grad_norm"])
     return sums
 
 
@@ -331,6 +338,7 @@ def optimizer_step(run, micro_batches, step, stop_asked):
     lr = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs, run.min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # finetune.py's layer-wise decay
+    run.model.progress = step / run.batches.steps
     values = forward_backward(run, micro_batches, step)
     values = mean_over_processes({**values, "stop": float(stop_asked)}, run.device)
     finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
@@ -342,10 +350,13 @@ def optimizer_step(run, micro_batches, step, stop_asked):
 
 @contextlib.contextmanager
 def inference(run):
-    """For validation and pictures: autocast as in training, but without torch.compile, whose limit of graphs is for the training step."""
+    """For validation and pictures: autocast as in training, but without drop path, and without torch.compile, whose limit of graphs is for
+    the training step."""
     stance = torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
+    run.model.eval()
     with torch.no_grad(), stance, autocast(run.args, run.device):
         yield
+    run.model.train()
 
 
 def evaluate(run, images):
@@ -369,19 +380,22 @@ def look(run, images):
 
 def illustrate(run, images, masks=None):
     """The method's pictures of the first 64 uint8 images (B, 3, H, W), and as one more panel the attention of CLS (MixedAE Fig. 5) in
-    the encoder that transfers, on clean images -> panels (B, k, 3, H, W), their titles, numbers.
+    the encoder that transfers, on clean images, with an outline that holds half of it (CAE Fig. 4) -> panels (B, k, 3, H, W), their
+    titles, numbers.
 
     masks: of the objects on the images, bool (B, H, W); then the numbers say how much of that attention falls on them.
     """
     panels, numbers = look(run, images[:64])
+    if not hasattr(run.model, "encoder"):
+        return panels.cpu(), run.model.panels, numbers
     encoder = unpack_encoder(run.model.export())[0].to(run.device)
     batches = (images[:64] if masks is None else images).split(run.args.batch_size)  # all for the number, 64 for the pictures
     maps = torch.cat([cls_attention(encoder, normalize(batch.to(run.device))) for batch in batches]).cpu()  # (B, h, w)
     if masks is not None:
         numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
     shown = images[: len(panels)].cpu() / 255
-    heat = heat_map(maps[: len(panels)], shown).unsqueeze(1)  # (B, 1, 3, H, W)
-    return torch.cat([panels.cpu(), heat], dim=1), [*run.model.panels, "attention of CLS,\nlast layer"], numbers
+    heat = outline(maps[: len(panels)], heat_map(maps[: len(panels)], shown)).unsqueeze(1)  # (B, 1, 3, H, W)
+    return torch.cat([panels.cpu(), heat], dim=1), [*run.model.panels, "attention of CLS,\nblue: half of it"], numbers
 
 
 class Meter:
@@ -501,7 +515,7 @@ def train(args, argv, device):
     done = batches.start
     if done == batches.steps:
         if folder:  # again, because --segment-export may have changed
-            write_encoder(run)
+            write_export(run)
         farewell(run, done)
         return int(bool(folder and folder.failed))
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
@@ -556,8 +570,11 @@ def farewell(run, done):
     if done < steps:
         print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
-    print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds encoder.pt (what transfers), checkpoint.pt, "
-          f"log.jsonl and pictures/. What is it worth? python finetune.py --encoder {args.out}/encoder.pt --cache-features --data {args.data}", flush=True)
+    made = getattr(run.model, "exports", "encoder.pt")
+    following = (f"Predict its ids: python train.py --method cae --target dvae:{args.out}/tokenizer.pt" if made == "tokenizer.pt" else
+                 f"What is it worth? python finetune.py --encoder {args.out}/encoder.pt --cache-features")
+    print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds {made} (what transfers), checkpoint.pt, "
+          f"log.jsonl and pictures/. {following} --data {args.data}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The Vision Transformer that every method here trains, and the few pieces that several methods share.
 
-Reading order of the project: **vit** -> mrmae -> mixedae -> data -> train -> finetune.
+Reading order of the project: **vit** -> mrmae -> mixedae -> cae -> data -> train -> finetune.
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into it and its own
 weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6), `Attention.topk`, which adds no
@@ -53,10 +53,12 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
 
-def add_size_args(parser, decoder=True):
-    """The flags that fix the shape of the encoder and, if asked for, of the decoder. `resolve_sizes` fills in what was not given."""
+def add_size_args(parser, encoder=True, decoder=True):
+    """The flags that fix the shape of images and, if asked for, of encoder and decoder. `resolve_sizes` fills in what was not given."""
     group = parser.add_argument_group("model size (the defaults are a laptop's; ours)")
     group.add_argument("--image-size", type=int, nargs="+", default=[64], metavar="PIXELS", help="H, or H W; multiples of the patch")
+    if not encoder:
+        return
     group.add_argument("--patch-size", type=int, default=8, help="pixels; the papers use 16 at 224 pixels")
     group.add_argument("--size", choices=SIZES, default="micro", help="a named size; the six flags below win over it")
     group.add_argument("--width", type=int, help="D, width of the encoder")
@@ -64,22 +66,25 @@ def add_size_args(parser, decoder=True):
     group.add_argument("--heads", type=int, help="attention heads of the encoder; no state dict shows them")
     if not decoder:
         return
-    group.add_argument("--decoder-width", type=int, help="512 in MAE and MixedAE Sec. 4.1 (its lightweight decoder: 256)")
-    group.add_argument("--decoder-depth", type=int, help="8 in MR-MAE Sec. 4.1 and MixedAE Sec. 4.1 (its lightweight decoder: 2)")
-    group.add_argument("--decoder-heads", type=int, help="16 in MAE's code; the papers are silent")
+    group.add_argument("--decoder-width", type=int, help="512 in MAE and MixedAE Sec. 4.1 (its lightweight decoder: 256); the encoder's in CAE")
+    group.add_argument("--decoder-depth", type=int, help="8 in MR-MAE Sec. 4.1 and MixedAE Sec. 4.1 (its lightweight decoder: 2); 4 in CAE Sec. 5.1")
+    group.add_argument("--decoder-heads", type=int, help="16 in MAE's code, the encoder's in CAE's; the papers are silent")
 
 
-def resolve_sizes(args):
+def resolve_sizes(args, sizes=SIZES):
     """Make every size in `args` explicit, in place: image_size [H, W], and the six numbers of `--size` that were not given."""
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
-    for flag, value in zip(SIZE_FLAGS, SIZES[args.size]):
+    if not hasattr(args, "size"):  # no ViT
+        return
+    for flag, value in zip(SIZE_FLAGS, sizes[args.size]):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     for flag in ("patch_size", *SIZE_FLAGS):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        least = 0 if flag == "decoder_depth" else 1
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -398,6 +403,8 @@ def build_encoder(args, **options):
 
 def build_decoder(args, encoder):
     """The decoder that the size flags describe, for this encoder."""
+    if args.decoder_depth < 1:
+        raise UserError(f"--decoder-depth {args.decoder_depth}: this decoder needs at least 1 block, or no hidden patch sees another")
     patch_values = encoder.config["channels"] * encoder.patch_size**2  # P
     return Decoder(encoder.grid, encoder.width, args.decoder_width, args.decoder_depth, args.decoder_heads, patch_values)
 
@@ -405,14 +412,22 @@ def build_decoder(args, encoder):
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
-def load_file(path):
-    """A file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing is ever unpickled freely."""
+def load_file(path, allowed=()):
+    """A file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing is ever unpickled freely.
+
+    allowed: further classes that may lie in it, each as (the class to make in its place, the name that the file has for it).
+    """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their flags; a Namespace does nothing
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):  # published files hold their flags; a Namespace does nothing
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give a file in it, such as {path}/encoder.pt") from None
     except pickle.UnpicklingError as error:
+        if "persistent_load" in str(error):
+            raise UserError(f"{path}: a whole module as torch before 1.6 wrote it, which only free unpickling opens. If you trust it, convert it once, where nothing is "
+                            f"at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)") from None
         reason = re.search(r"Unsupported global: GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
         found = f" ({reason.group(1) or reason.group(2)})" if reason else ""
         raise UserError(f"{path}: holds more than tensors and plain values{found}, so it is not opened; use a file of plain weights") from None

@@ -19,6 +19,7 @@ import torch
 import data
 import vit
 from conftest import ROOT, TINY
+from test_cae import ROWS as CAE_ROWS
 from test_mixedae import ROWS
 from test_train import checkpoint, rows, same_weights, without_clock
 
@@ -93,7 +94,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import gc, torch, train, torch.distributed as dist
 
-for method, *flags in [*([method] for method in train.METHODS), *{[["mixedae", *flags] for flags in ROWS.values()]!r}]:
+rows = {[["mixedae", *flags] for flags in ROWS.values()] + [["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()]!r}
+for method, *flags in [["mae"], ["mixedae"], *rows]:
     args = train.parse_args(["--method", method, *{TINY!r}, *flags])
     if not dist.is_initialized():
         device = train.start_processes(args)

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_equation_stands_where_the_table_says():
-    rows = re.findall(r"^\| (MixedAE|MR-MAE) \| (.+?) \| .+? \| `(.+?)` \|$", README, re.M)
+    rows = re.findall(r"^\| (MixedAE|MR-MAE|CAE) \| (.+?) \| .+? \| `(.+?)` \|$", README, re.M)
     assert len(rows) >= 10
     for paper, equation, place in rows:
         module, *names = place.removeprefix("tests/").replace(".py::", ".").split(".")
@@ -59,6 +59,6 @@ def test_the_top_level_holds_only_what_was_agreed():
 
 
 def test_imports_form_a_tree():
-    for method in ("mrmae", "mixedae"):
+    for method in ("mrmae", "mixedae", "cae"):
         imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{method}.py").read_text(), re.M))
         assert imported & {"train", "finetune", "mixedae", "mrmae", "cae"} == set()
