@@ -364,10 +364,10 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """Samples -> images (B, 3, H, W) uint8, or None if one could not be made; labels (B,); names of broken samples."""
+    """Samples -> images (B, 3, H, W) uint8 and labels (B,), or None twice if one could not be made; names of broken samples."""
     images, labels, broken = zip(*samples)
     whole = all(image is not None for image in images)
-    return torch.stack(images) if whole else None, torch.tensor(labels), [name for names in broken for name in names]
+    return torch.stack(images) if whole else None, torch.tensor(labels) if whole else None, [name for names in broken for name in names]
 
 
 class Batches(torch.utils.data.Sampler):

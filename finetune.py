@@ -22,7 +22,9 @@ MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because librarie
     - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention; it is not here.
     - The random crop of the probes tries ten times for a crop that fits (the authors' draw once and clamp it).
     - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch).
-    - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet.
+    - The linear probe's BatchNorm averages over all batches (MAE's code forgets, with momentum .1): see `Classifier`.
+    - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet, VOC2007 with a binary cross-entropy a class.
+    - best.pt is the epoch that is best on the test set, as MAE's code counts it: an optimistic number. results.json has the last epoch's too.
 """
 import argparse
 import contextlib
@@ -47,8 +49,8 @@ from tqdm import tqdm
 import cae
 from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
-from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, load_checkpoint, resume, run_program,
-                   work)
+from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint, resume,
+                   run_program, work)
 from train import parse_args as train_args
 from vit import UserError, ViT, add_size_args, build_encoder, init_weights, load_file, resize_positions, unpack_encoder
 
@@ -62,7 +64,7 @@ DEFAULTS = {
     "attentive": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # CAE Appendix A
 }
 LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1}  # absolute, for AdamW, LARS and SGD; ours, but 6.4, which is MAE's .1 x 16384 / 256
-MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code, twice; CAE's code
+MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code for the first two, CAE's for the third
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
            "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "batch_size", "accumulate",
@@ -93,7 +95,8 @@ def parse_args(argv=None):
         add_finetune_args(parser)
     else:
         add = parser.add_argument_group("probes").add_argument
-        add("--cache-features", action="store_true", help="compute the features once, of the whole image: no augmentation, but seconds instead of minutes")
+        add("--cache-features", action="store_true", help="compute the features once, of the whole image: no augmentation, but seconds instead of minutes. They stay in "
+            "memory: attentive, ViT-B at 224 pixels, .6 MB an image; else 3 kB")
         add("--neighbours", type=int, default=20, help="k of the k-nearest-neighbour accuracy that cached features give for free (DINO: 20)")
     if protocol != "attentive":
         add("--feature", choices=("cls", "mean"), help="the class token or the mean of the patch tokens [finetune: mean; linear: as the encoder's authors]")
@@ -108,8 +111,8 @@ def parse_args(argv=None):
     names = [Path(name).name for name in args.data]
     if twice := [data for data, name in zip(args.data, names) if names.count(name) > 1]:
         parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
-    if args.std and min(args.std) <= 0:
-        parser.error(f"--std {' '.join(map(str, args.std))}: must be above 0")
+    if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
+        parser.error(f"--mean {args.mean} --std {args.std}: give both, and a deviation above 0")
     return args
 
 
@@ -142,6 +145,11 @@ LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module"), from_cae, 
            Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS))
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 LEFT_ASIDE = ("head", "fc_norm", "pre_logits", "decoder", "mask_token", "regressor", "project", "lm_head")  # what is no part of an encoder
+
+
+def changed(args, **values):
+    """A copy of args with other values."""
+    return argparse.Namespace(**{**vars(args), **values})
 
 
 def say(line):
@@ -265,7 +273,7 @@ SETS = {
     "cars": Row("StanfordCars", [{"split": "train"}], {"split": "test"}, lambda d: [y for _, y in d._samples], lambda d: d.classes, "top1", (8144, 8041),
                 "its download is dead: put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into stanford_cars/"),
     "dtd": Row("DTD", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "top1", (3760, 1880), ""),
-    "flowers": Row("Flowers102", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: list(range(1, 103)),
+    "flowers": Row("Flowers102", [{"split": "train"}, {"split": "val"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes,
                    "mean_per_class", (2040, 6149), ""),
     "food": Row("Food101", [{"split": "train"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "top1", (75750, 25250), ""),
     "pets": Row("OxfordIIITPet", [{"split": "trainval"}], {"split": "test"}, lambda d: d._labels, lambda d: d.classes, "mean_per_class", (3680, 3669), ""),
@@ -339,12 +347,12 @@ def open_transfer_set(name, args):
             train = Labelled([(part, row.labels(part)) for part in parts], row.classes(parts[0]))
             last = kind(root, **{**row.test, **extra})
             test = Labelled([(last, row.labels(last))], row.classes(last))
-        train[0], test[0]  # some sets find out here that scipy is missing
+        train[0], test[0]  # read one of each: some sets find out only here that scipy or a file is missing
     except UserError:
         raise
     except Exception as error:  # each set and each server fails in its own way
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        advice = "pip install scipy" if "scipy" in reason.lower() else row.by_hand or "add --download"
+        advice = "pip install scipy" if "scipy" in reason.lower() else row.by_hand or ("is there a network?" if args.download else "add --download")
         raise UserError(f"--data {name}: {reason} -- looked below {args.data_root} (--data-root); {advice}") from None
     if not isinstance(row.train, str) and (len(train), len(test)) != row.sizes:
         raise UserError(f"--data {name}: {len(train)} training and {len(test)} test images below {args.data_root}, not {row.sizes[0]} and {row.sizes[1]}; "
@@ -358,11 +366,13 @@ def open_labelled(name, args):
         train, test = open_transfer_set(name, args)
         metric = SETS[name].metric
     else:
-        found = open_sets(argparse.Namespace(**{**vars(args), "data": name}))
+        found = open_sets(changed(args, data=name))
+        if found[1] is None and args.evaluate:
+            found = found[0], found[0]  # a folder without train/ and val/ is tested whole
+        if not all(part is None or part.classes for part in found):
+            raise UserError(f"--data {name}: has no labels; a labelled folder has one folder a class below train/ and val/")
         if found[1] is None:
             raise UserError(f"--data {name}: has no test images; put them into {name}/val or {name}/test, beside {name}/train")
-        if not (found[0].classes and found[1].classes):
-            raise UserError(f"--data {name}: has no labels; a labelled folder has one folder a class below train/ and val/")
         if list(found[0].classes) != list(found[1].classes):
             differ = sorted(set(found[0].classes) ^ set(found[1].classes))
             raise UserError(f"--data {name}: training and test images have different classes, the first that differs is {differ[0]}")
@@ -570,12 +580,12 @@ def build_optimizer(model, args):
 # --------------------------------------------------------------------------------------------------------------------
 # What the model is called with in training
 # --------------------------------------------------------------------------------------------------------------------
-def fine_tuning_transform(args):
+def fine_tuning_transform(args, mean):
     """Crop and flip as in pre-training (--augment), then RandAugment, on uint8 tensors."""
     parts = [train_transform(args)]
     if args.randaugment:
         parts.append(v2.RandAugment(num_ops=2, magnitude=args.randaugment, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR,
-                                    fill=[int(255 * channel) for channel in MEAN]))
+                                    fill=[int(255 * channel) for channel in mean]))
     return v2.Compose(parts)
 
 
@@ -601,14 +611,14 @@ def over_the_set(function, dataset, args, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     chunks = torch.arange(len(dataset)).split(args.batch_size)[rank::world]
     stream = loader(dataset, [[(0, i) for i in chunk.tolist()] for chunk in chunks], args.workers, device.type == "cuda")
-    mine, shape, broken = [], torch.zeros(4, dtype=torch.long, device=device), 0
+    mine, shape, broken = [], torch.zeros(4, dtype=torch.long, device=device), 0  # shape of one result: how many axes, then their lengths
     for images, _, names in tqdm(stream, desc="testing", leave=False, disable=rank > 0):
         for name in names:
             broken += 1
             tqdm.write(f"warning: {name} is broken; it counts as a black image", file=sys.stderr)
             if broken > 10 and broken > 0.01 * len(dataset):
                 raise UserError(f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1)
-        with autocast(args, device):
+        with autocast(args, device), torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
             mine.append(function(images.to(device)).float())
     if mine:
         tail = mine[0].shape[1:]
@@ -683,7 +693,7 @@ class Cached(torch.utils.data.Dataset):
 class Task:
     """A classifier, the samples that it is trained and tested on, and how a batch of either becomes its input."""
 
-    def __init__(self, args, train_set, test_set, metric, encoder, info, fc_norm, device):
+    def __init__(self, args, test_set, metric, encoder, info, fc_norm, device):
         self.args, self.info, self.device, self.metric = args, info, device, metric
         self.classes, self.labels = test_set.classes, labels_of(test_set)
         self.model = Classifier(encoder, info, fc_norm, args, len(self.classes), metric == "map11").to(device)
@@ -699,7 +709,7 @@ class Task:
         elif self.model.frozen:
             self.samples = Samples(train_set, train_transform(args), args.seed)
         else:
-            self.samples = Samples(train_set, fine_tuning_transform(args), args.seed)
+            self.samples = Samples(train_set, fine_tuning_transform(args, info["mean"]), args.seed)
             self.inputs = partial(augmented, args=args, info=info, classes=len(self.classes), multi_label=self.model.multi_label)
 
     def normalized(self, images, labels=None):
@@ -722,9 +732,10 @@ class Task:
     def example(self):
         """A batch of zeros, of the shapes that the model is called with."""
         B, C = self.args.batch_size, len(self.classes)
-        image, label, _ = self.samples[0, 0]
+        shape = self.samples.features.shape[1:] if isinstance(self.samples, Cached) else (3, *self.args.image_size)
         soft = self.model.multi_label or not self.model.frozen  # targets are probabilities
-        return torch.zeros(B, *image.shape, device=self.device), torch.zeros(*((B, C) if soft else (B,)), dtype=torch.float if soft else torch.long, device=self.device)
+        targets = torch.zeros(B, C, device=self.device) if soft else torch.zeros(B, dtype=torch.long, device=self.device)
+        return torch.zeros(B, *shape, device=self.device), targets
 
     def test(self):
         """Scores (N, classes) of the test set, in order."""
@@ -759,13 +770,13 @@ def run_set(args, argv, name, device):
     encoder, info, fc_norm = open_encoder(args)
     place = f"{info['method']}-{args.protocol}-{Path(name).name}"
     out = args.out if args.out and not args.several else str(Path(args.out or "runs") / place)
-    args = argparse.Namespace(**{**vars(args), "data": name, "method": info["method"], "image_size": encoder.config["image_size"], "out": out})
+    args = changed(args, data=name, method=info["method"], image_size=encoder.config["image_size"], out=out)
     if args.protocol != "finetune" and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
     train_set, test_set, metric = in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
-    task = Task(args, train_set, test_set, metric, encoder, info, fc_norm, device)
+    task = Task(args, test_set, metric, encoder, info, fc_norm, device)
     if (Path(args.out) / "checkpoint.pt").exists():  # features are those of the run's own encoder, whatever lies at --encoder now
         with contextlib.suppress(RuntimeError):  # of another shape: `resume` will name the flags
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
@@ -792,7 +803,7 @@ def run_set(args, argv, name, device):
             show_attention(folder, test_set, task)
         done = "" if run.batches.start < run.batches.steps else "finished already, "
         print(f"{args.out}: {done}{', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
-    return 0, {"metric": metric, **results}
+    return int(bool(folder and folder.failed)), {"metric": metric, **results}
 
 
 def farewell(run, done):
@@ -802,10 +813,9 @@ def farewell(run, done):
 
 def announce(run, train_set, test_set, metric):
     args = run.args
-    rule = "--lr" if args.lr else f"blr {args.blr:g} x {run.batches.global_batch} / 256" if args.blr else "our default"
     print(f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes, {metric}; "
           f"features: {run.model.feature}\n{sum(p.numel() for p in run.model.parameters() if p.requires_grad)} trained parameters, batch "
-          f"{run.batches.global_batch}, learning rate {run.lr:g} ({rule}), {args.epochs} epochs x {run.batches.steps_per_epoch} steps, starting at step "
+          f"{run.batches.global_batch}, {learning_rate(run)}, {args.epochs} epochs x {run.batches.steps_per_epoch} steps, starting at step "
           f"{run.batches.start}", flush=True)
     if args.protocol == "linear" and run.batches.steps < 200:
         print(f"note: {run.batches.steps} steps are few for LARS, whose weights grow by some per cent a step; more --epochs or a smaller --batch-size help", flush=True)
@@ -825,7 +835,7 @@ def write_results(folder, results, scores, labels, classes):
     matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(classes))
     write_csv(folder, "confusion.csv", [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, matrix.tolist()))])
     shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)  # (classes, classes)
-    picture = heat_map(shares.unsqueeze(0), torch.zeros(1, 3, *shares.shape)) / 0.65
+    picture = heat_map(shares.unsqueeze(0), torch.zeros(1, 3, *shares.shape)) / 0.65  # not over an image, so at full strength
     picture = v2.functional.resize(v2.functional.to_pil_image(picture[0]), [max(256, len(shares))] * 2, interpolation=v2.InterpolationMode.NEAREST)
     folder.picture("confusion.png", picture)
 
@@ -834,7 +844,7 @@ def write_results(folder, results, scores, labels, classes):
 def show_attention(folder, test_set, task):
     """pictures/attention.png: where the learned query looks (CAE Fig. 5), heads averaged, on eight test images."""
     chosen, model = torch.linspace(0, len(test_set) - 1, 8).long().tolist(), task.model.eval()
-    images = torch.stack([ForTesting(task.args.image_size)(test_set[i][0]) for i in chosen])
+    images = torch.stack([EachOnce(test_set, task.args.image_size)[0, i][0] for i in chosen])
     attention, _ = model.head.attend(model.features(task.normalized(images.to(task.device))[0]))  # (8, H, 1, L)
     maps = attention.float().mean(dim=1).view(8, *model.encoder.grid).cpu()
     images = images / 255
@@ -848,13 +858,12 @@ def load_finished(path, device):
     """A run folder or its best.pt -> (classifier in eval mode, the rest of the file)."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     saved = load_file(file)
-    if not isinstance(saved, dict) or not {"model", "config", "info", "classes", "metric"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"model", "config", "info", "args", "classes", "metric"} <= saved.keys():
         raise UserError(f"{file}: not a best.pt of finetune.py")
-    args = argparse.Namespace(**saved["args"])
-    model = Classifier(ViT(**saved["config"]), saved["info"], None, args, len(saved["classes"]), saved["metric"] == "map11")
     try:
+        model = Classifier(ViT(**saved["config"]), saved["info"], None, argparse.Namespace(**saved["args"]), len(saved["classes"]), saved["metric"] == "map11")
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{file}: not a whole best.pt ({' '.join(str(error).split())[:150]})") from None
     return model.to(device).eval(), saved
 
@@ -889,9 +898,9 @@ def evaluate(args, device):
             write_csv(RunFolder(place), "predictions.csv", [["file", "class", "probability"], *rows])
             print(f"{place / 'predictions.csv'}: {len(files)} images", flush=True)
         return 0
-    chosen = {} if args.data else {"data_root": first["args"]["data_root"]}  # its own set, where it lay
+    chosen = {} if args.data or args.data_root != "datasets" else {"data_root": first["args"]["data_root"]}  # its own set, where it lay
     for name in args.data or [first["args"]["data"]]:
-        opened = argparse.Namespace(**{**vars(args), **chosen, "image_size": models[0][0].encoder.config["image_size"], "label_fraction": 1.0})
+        opened = changed(args, **chosen, image_size=models[0][0].encoder.config["image_size"], label_fraction=1.0)
         _, test_set, metric = in_turn(args, partial(open_labelled, name, opened))
         if list(test_set.classes) != first["classes"]:
             raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
@@ -909,7 +918,7 @@ def transfer(args, argv, device):
     if args.several:  # find out what is missing before hours of work
         size = open_encoder(args)[0].config["image_size"]
         for name in args.data:
-            in_turn(args, partial(open_labelled, name, argparse.Namespace(**{**vars(args), "image_size": size})))
+            in_turn(args, partial(open_labelled, name, changed(args, image_size=size)))
     rows = {}
     for name in args.data:
         code, rows[name] = run_set(args, argv, name, device)
@@ -917,7 +926,7 @@ def transfer(args, argv, device):
             return code
     if args.several and dist.get_rank() == 0:
         numbers = [results[results["metric"]] for results in rows.values()]
-        print("| " + " | ".join([*map(str, rows), "Avg."]) + " |\n| " + " | ".join(f"{number:.1f}" for number in [*numbers, sum(numbers) / len(numbers)]) + " |")
+        print("| " + " | ".join([*map(str, rows), "Avg."]) + " |\n|" + "---|" * (len(rows) + 1) + "\n| " + " | ".join(f"{number:.1f}" for number in [*numbers, sum(numbers) / len(numbers)]) + " |")
     return 0
 
 

@@ -68,8 +68,8 @@ def add_run_args(parser):
     """The flags of any run, pre-training or not."""
     add = parser.add_argument_group("training").add_argument
     add("--out", help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA]")
-    add("--epochs", type=int, default=3, help="passes over the set (ours; the papers: 300 to 1600)")
-    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (ours; MAE and MixedAE: 40)")
+    add("--epochs", type=int, default=3, help="passes over the set (pre-training: ours; the papers have 300 to 1600)")
+    add("--warmup-epochs", type=float, default=1, help="linear warm-up, then cosine, both per step (pre-training: ours; MAE and MixedAE have 40)")
     add("--batch-size", type=int, default=32, help="images per process and micro-step (ours)")
     add("--accumulate", type=int, default=1, help="micro-steps per optimizer step; B' = batch size x processes x this")
     add("--blr", type=float, help="base learning rate, scaled: lr = blr x B' / 256 (the papers' numbers are of this kind)")
@@ -183,6 +183,7 @@ def wrap(model, args, device, *example):
     for block in (m for m in model.modules() if hasattr(m, "recompute")):
         block.recompute = args.recompute
         if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # a graph for each block, as each has its own drop path
             block.compile(dynamic=False)  # in place: the names in the state dict stay
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if dist.get_world_size() > 1:  # DDP orders its buckets anew after the first step, which changes sums: a resumed run would differ
@@ -551,14 +552,21 @@ def work(run, samples, sums, report, farewell):
     return 128 + (stop[0] if stop else signal.SIGTERM)  # where another process got the signal, its number is not known here
 
 
+def learning_rate(run):
+    """The rate, where it comes from, and a warning if it will never be reached: for the line that starts a run."""
+    args = run.args
+    rule = "--lr" if args.lr else f"blr {args.blr:g} x {run.batches.global_batch} / 256" if args.blr else "our default"
+    short = f"; the warm-up of {args.warmup_epochs:g} epochs is longer than the run, give --warmup-epochs" if args.warmup_epochs > args.epochs else ""
+    return f"learning rate {run.lr:g} ({rule}{short})"
+
+
 def announce(run, held_out):
     """What is about to run, with the numbers that users ask for first."""
     args, batches, world = run.args, run.batches, dist.get_world_size()
     precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
     val = "no val set of a batch or more, so no val_loss" if held_out is None else f"val_loss on {len(held_out[0])} images"
-    rule = "--lr" if args.lr else f"blr {args.blr:g} x {batches.global_batch} / 256" if args.blr else "our default"
     print(f"{args.method}: {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f} M parameters, {precision}, {world} x {run.device}\n"
-          f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = {batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
+          f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = {batches.global_batch}; {learning_rate(run)}\n"
           f"data: {args.data}, {batches.length} images, {val}; {args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {batches.start}", flush=True)
 
 

@@ -266,7 +266,8 @@ def test_augmented_batches():
     assert_close(x, data.normalize(images))
     assert_close(targets[1], torch.tensor([0.05, 0.85, 0.05, 0.05]))  # s / K off, 1 - s + s / K on
     x, targets = finetune.augmented(images, labels, parse("--protocol", "finetune", "--erasing", 0), info, 4, False)
-    assert_close(targets.sum(1), torch.ones(8)) and not torch.equal(x, data.normalize(images))
+    assert_close(targets.sum(1), torch.ones(8))
+    assert not torch.equal(x, data.normalize(images))
     boxes = set()
     x, _ = finetune.augmented(images, labels, parse("--protocol", "finetune", "--mixup", 0, "--cutmix", 0, "--erasing", 1), info, 4, False)
     for changed in (x != data.normalize(images)).any(1):
@@ -401,7 +402,7 @@ def make_sun397(root):
     write(base / "ClassName.txt", "/a/abbey\n/a/apartment_building/outdoor\n")
     for name in ("a/abbey/sun_a", "a/abbey/sun_b", "a/apartment_building/outdoor/sun_c", "a/apartment_building/outdoor/sun_d"):
         picture(base / f"{name}.jpg")
-    write(base / "Training_01.txt", "/abbey/sun_a.jpg\n/apartment_building/outdoor/sun_c.jpg\n".replace("/a", "/a/a").replace("/a/a/a", "/a/a"))
+    write(base / "Training_01.txt", "/a/abbey/sun_a.jpg\n/a/apartment_building/outdoor/sun_c.jpg\n")
     write(base / "Testing_01.txt", "/a/apartment_building/outdoor/sun_d.jpg\n/a/abbey/sun_b.jpg\n")
     return [0, 1], [1, 0]
 
@@ -541,8 +542,8 @@ def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch)
     make_voc2007(tmp_path)
     monkeypatch.setitem(finetune.SETS, "voc2007", finetune.SETS["voc2007"]._replace(sizes=(2, 1)))
     run("--encoder", encoder, "--data", folder, "voc2007", "--data-root", tmp_path, "--out", tmp_path / "runs", "--batch-size", 2, "--epochs", 1)
-    last = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert last[0] == f"| {folder} | voc2007 | Avg. |" and len(last[1].split("|")) == 5
+    last = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert last[:2] == [f"| {folder} | voc2007 | Avg. |", "|---|---|---|"] and len(last[2].split("|")) == 5
     assert sorted(os.listdir(tmp_path / "runs")) == sorted([f"mixedae-linear-{folder.name}", "mixedae-linear-voc2007"])
     run("--evaluate", tmp_path / "runs" / "mixedae-linear-voc2007", "--predict", tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages", "--out", tmp_path)
     predicted = [line[:2] for line in csv.reader((tmp_path / "predictions.csv").open())][1:]
@@ -570,14 +571,21 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         picture(tmp_path / "flat" / split / "a.png")
         picture(tmp_path / "other" / split / "both" / "a.png")
         picture(tmp_path / "other" / split / split / "a.png")
+    run("--encoder", encoder, "--data", folder, "--out", tmp_path / "good", "--epochs", 1)
+    assert "warm-up of 10 epochs is longer than the run" in capsys.readouterr().out
+    best = tmp_path / "good" / "best.pt"
+    run("--evaluate", best, "--data", folder / "val", "--out", tmp_path / "out")  # test images alone
+    capsys.readouterr()
     for flags, words in (
         (("--data", tmp_path / "flat"), "has no labels"), (("--data", tmp_path / "one"), "one class only"), (("--data", tmp_path / "other"), "different classes"),
         (("--data", folder / "train"), "no test images"), (("--batch-size", 1), "BatchNorm needs at least 2"), (("--encoder", "nothing.pt"), "no such file"),
         (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"), (("--patch-size", 8), "has 4"), (("--protocol", "lineal"), "invalid choice"),
         (("--drop-path", 0.1), "unrecognized"), (("--label-fraction", 0), "out of range"), (("--evaluate", tmp_path), "no such file"),
         (("--evaluate", encoder), "not a best.pt"), (("--data", "nowhere"), "neither a set"), (("--protocol", "finetune", "--layer-decay", 2), "out of range"),
-        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"), (("--std", 1, 0, 1), "must be above 0"),
+        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"), (("--std", 1, 0, 1), "give both"),
         (("--data", folder, tmp_path / "x" / folder.name), "would share a folder"),
+        (("--mean", .5, .5, .5), "give both"), (("--mean", 0, 0, 0, "--std", "nan", 1, 1), "above 0"), (("--encoder", tmp_path), "is a folder"),
+        (("--encoder", best), "not an encoder"),
     ):
         run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)
