@@ -10,6 +10,7 @@ Randomness has no state, so a run that was stopped anywhere goes on exactly as i
 function of (seed, epoch), the augmentation of a sample one of (seed, epoch, sample). The epoch reaches the loader's workers
 inside the index, because an attribute would go stale in them.
 """
+import colorsys
 import contextlib
 import fcntl
 import hashlib
@@ -438,13 +439,13 @@ class BrokenImages:
 
 def some_images(dataset, image_size, count):
     """`count` images of a set in a fixed random order (its files are sorted by class), centred -> uint8 (count, 3, H, W), and of
-    `shapes` the objects' masks, bool (count, H, W), else None."""
+    `shapes` what each pixel shows, (count, H, W): 0 background, 1 + class the object; else None."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
     samples = Samples(dataset, centred(image_size), seed=0)  # broken ones are replaced
     images, _, names = collate([samples[0, i] for i in order])
     BrokenImages().count(images, names)
-    masks = torch.stack([dataset.draw(i)["mask"] for i in order]) if isinstance(dataset, Shapes) else None
-    return images, masks
+    drawn = [dataset.draw(i) for i in order] if isinstance(dataset, Shapes) else []
+    return images, torch.stack([sample["mask"] * (1 + sample["label"]) for sample in drawn]) if drawn else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -483,6 +484,34 @@ def picture_sheet(panels, titles):
     for i, title in enumerate(titles):
         ImageDraw.Draw(sheet).text((4 + i * (panels.shape[-1] + 4), 2), title, fill="black")
     return sheet
+
+
+def patch_scatter(features, regions, title):
+    """Patch features (B, L, D) on their first two principal components, coloured by what the patch shows -> a PIL image. (CAE Fig. 6
+    uses t-SNE, which needs a further package.)
+
+    regions (B, H, W), as `some_images` gives them: a patch counts for the region that more than half of its pixels belong to (Appendix B),
+    grey is background.
+    """
+    B, L, _ = features.shape
+    h = round((L * regions.shape[1] / regions.shape[2]) ** 0.5)
+    count = int(regions.max()) + 1
+    shares = torch.nn.functional.one_hot(regions, count).permute(0, 3, 1, 2).float()  # (B, count, H, W)
+    share, label = torch.nn.functional.adaptive_avg_pool2d(shares, (h, L // h)).flatten(2).max(dim=1)  # (B, L)
+    x = features.flatten(0, 1).double()
+    x = x - x.mean(dim=0)
+    variance, directions = torch.linalg.eigh(x.T @ x)  # ascending
+    points = x @ directions[:, -2:].flip(1)
+    low, high = points.quantile(0.005, dim=0), points.quantile(0.995, dim=0)
+    points = ((points - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 320 + 10
+    chart = Image.new("RGB", (340, 360), "white")
+    draw = ImageDraw.Draw(chart)
+    draw.text((8, 2), f"{title}: {100 * variance[-2:].sum() / variance.sum():.0f} % of the variance", fill="black")
+    clear = (share > 0.5).flatten()
+    for (u, v), c in sorted(zip(points[clear].tolist(), label.flatten()[clear].tolist()), key=lambda point: point[1]):  # background first
+        colour = "lightgrey" if c == 0 else tuple(int(255 * part) for part in colorsys.hsv_to_rgb((c - 1) / (count - 1), 0.9, 0.85))
+        draw.ellipse((u - 1, v + 17, u + 1, v + 19), fill=colour)
+    return chart
 
 
 def line_chart(title, lines):

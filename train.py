@@ -31,16 +31,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from cae import CAE, DVAE
 from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, centred, decode, heat_map, loader, normalize,
-                  object_awareness, open_sets, outline, picture_sheet, seed_torch, some_images, train_transform)
+                  object_awareness, open_sets, outline, patch_scatter, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, from_official_mae
-from vit import SIZES, UserError, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
+from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
@@ -379,24 +380,35 @@ def look(run, images):
         return run.model.visualize(normalize(images.to(run.device)))
 
 
-def illustrate(run, images, masks=None):
+def illustrate(run, images, regions=None):
     """The method's pictures of the first 64 uint8 images (B, 3, H, W), and as one more panel the attention of CLS (MixedAE Fig. 5) in
     the encoder that transfers, on clean images, with an outline that holds half of it (CAE Fig. 4) -> panels (B, k, 3, H, W), their
     titles, numbers.
 
-    masks: of the objects on the images, bool (B, H, W); then the numbers say how much of that attention falls on them.
+    regions: what the images show, as `some_images` gives it; then the numbers say how much of that attention falls on the objects.
     """
     panels, numbers = look(run, images[:64])
     if not hasattr(run.model, "encoder"):
         return panels.cpu(), run.model.panels, numbers
     encoder = unpack_encoder(run.model.export())[0].to(run.device)
-    batches = (images[:64] if masks is None else images).split(run.args.batch_size)  # all for the number, 64 for the pictures
+    batches = (images[:64] if regions is None else images).split(run.args.batch_size)  # all for the number, 64 for the pictures
     maps = torch.cat([cls_attention(encoder, normalize(batch.to(run.device))) for batch in batches]).cpu()  # (B, h, w)
-    if masks is not None:
-        numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
+    if regions is not None:
+        numbers["object_attention"], numbers["object_area"] = object_awareness(maps, regions > 0)
     shown = images[: len(panels)].cpu() / 255
     heat = outline(maps[: len(panels)], heat_map(maps[: len(panels)], shown)).unsqueeze(1)  # (B, 1, 3, H, W)
     return torch.cat([panels.cpu(), heat], dim=1), [*run.model.panels, "attention of CLS,\nblue: half of it"], numbers
+
+
+@torch.no_grad()
+def draw_patches(run, name, images, regions):
+    """A picture of the patch features of uint8 images by what the patches show, beside those of random weights (CAE Fig. 6)."""
+    trained, sheet = unpack_encoder(run.model.export())[0], Image.new("RGB", (680, 360))
+    for i, (encoder, title) in enumerate(((trained, "trained, PCA"), (ViT(**trained.config), "random weights, PCA"))):
+        encoder.to(run.device).eval()
+        features = torch.cat([encoder.features(normalize(batch.to(run.device)))["patches"].cpu() for batch in images.split(run.args.batch_size)])
+        sheet.paste(patch_scatter(features, regions, title), (340 * i, 0))
+    run.folder.picture(name, sheet)
 
 
 class Meter:
@@ -420,7 +432,7 @@ class Meter:
 def report(run, row, images, epoch_ends, held_out):
     """A log row, completed and written: the method's numbers of `images`; at the end of an epoch val_loss and the pictures as well.
 
-    held_out: (uint8 val images, masks or None), or None: then the pictures are of `images`.
+    held_out: (uint8 val images, regions or None), or None: then the pictures are of `images`.
     """
     if epoch_ends and held_out:
         row["val_loss"] = evaluate(run, held_out[0])
@@ -433,6 +445,8 @@ def report(run, row, images, epoch_ends, held_out):
     panels, titles, numbers = illustrate(run, *(held_out or (images,)))
     row = {**numbers, **row}  # the row's own accuracy, of training images, stays
     run.folder.picture(f"epoch-{epoch:04d}.png", picture_sheet(panels[:8], titles))
+    if held_out and held_out[1] is not None and hasattr(run.model, "encoder"):
+        draw_patches(run, f"patches-{epoch:04d}.png", *held_out)
     end_epoch(run, row)
 
 

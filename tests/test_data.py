@@ -200,7 +200,9 @@ def test_held_out_images_are_always_the_same_and_of_all_classes(folder):
     labels = [label for image in images for other, label in (dataset[i] for i in range(40)) if torch.equal(image, other)]
     assert len(labels) == 8 and set(labels) == {0, 1}
     shapes = data.Shapes((16, 24), "val", 20)
-    images, masks = data.some_images(shapes, (16, 24), 5)
+    images, regions = data.some_images(shapes, (16, 24), 5)
+    masks = regions > 0
+    assert all(int(regions[j].max()) == 1 + shapes[i][1] for j, i in enumerate(torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0))[:5].tolist()))
     drawn = {tuple(shapes.draw(i)["image"].flatten().tolist()): shapes.draw(i)["mask"] for i in range(20)}
     assert all(torch.equal(drawn[tuple(image.flatten().tolist())], mask) for image, mask in zip(images, masks))
 
@@ -277,3 +279,24 @@ def test_pictures_are_titled_and_hold_the_panels():
     for titles, head in ((("a", "b", "c"), 19), (("a", "b\nsecond line", "c"), 34)):
         pixels = np.array(data.picture_sheet(torch.rand(2, 3, 3, 64, 64), titles))
         assert pixels.shape == (head + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:head] < 128).any()
+
+
+def test_the_outline_holds_half_of_the_mass():
+    maps = torch.tensor([[[0.4, 0.3], [0.2, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
+    pictures = data.outline(maps, torch.zeros(2, 3, 16, 16))
+    blue = pictures[:, 2] == 1
+    assert blue[0, :8].any() and not blue[0, 8:].any()  # .4 + .3 hold half, .4 alone does not
+    assert blue[0, 0, 0].item() is False and blue[0, 7, 3].item() is True  # the image's own border is no contour
+    assert not data.outline(torch.ones(1, 2, 2), torch.zeros(1, 3, 16, 16), mass=1.0).any()
+
+
+def test_patches_are_drawn_where_pca_puts_them():
+    features = torch.zeros(1, 4, 3)
+    features[0, :, 1] = torch.tensor([0.0, 1.0, 2.0, 3.0])  # one direction holds all the variance
+    regions = torch.zeros(1, 8, 8, dtype=torch.long)
+    regions[0, :4, :4] = 1  # the first patch, and half of none
+    chart = np.asarray(data.patch_scatter(features, regions, "title"))
+    coloured = np.argwhere((chart.max(2).astype(int) - chart.min(2) > 100) & (np.arange(360)[:, None] > 15))
+    grey = np.argwhere((chart == 211).all(2))
+    assert len(coloured) and (coloured[:, 1].max() < 20 or coloured[:, 1].min() > 320)  # the first patch, at one end
+    assert len(grey) >= 3

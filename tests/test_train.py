@@ -102,7 +102,9 @@ def test_the_log_of_shapes_says_how_much_attention_falls_on_the_objects(tmp_path
         first, last = rows(tmp_path / method)
         assert "object_attention" not in first  # at the end of an epoch alone
         encoder, _ = vit.load_encoder(tmp_path / method / "encoder.pt")
-        images, masks = data.some_images(data.Shapes((16, 16), "val", 2000), (16, 16), 16)
+        images, regions = data.some_images(data.Shapes((16, 16), "val", 2000), (16, 16), 16)
+        masks = regions > 0
+        assert (tmp_path / method / "pictures" / "patches-0001.png").exists()
         attention = encoder.features(data.normalize(images), attention=True)["attention"].mean(1)[:, 0, 1:]
         on_object = sum(attention[b, l] * masks[b, 4 * (l // 4) :, 4 * (l % 4) :][:4, :4].float().mean() for b in range(16) for l in range(16))
         assert last["object_attention"] == pytest.approx((on_object / attention.sum()).item(), abs=2e-3)
