@@ -18,14 +18,17 @@ that the encoder itself maps patches to. Appendix B factorises the task into thr
 F alone transfers, and is meant to do all the representing: H cannot change Z_v, and l_z keeps what H predicts in F's space. If it is
 there, G must be able to rebuild an image straight from F, without H (Sec. 4, Fig. 3 and 10): the picture "H skipped", and its error in the log.
 
-Run it:  python train.py --method cae          (the drawn set `shapes`, pixels as targets, a laptop; README.md has times, losses and the paper's runs)
-         python train.py --method dvae, then   python train.py --method cae --target dvae:runs/dvae/tokenizer.pt
+Letters are those of vit.py; F, G and H are the paper's three networks (in code `F` is torch.nn.functional); D' is the width of H and G.
+
+Run it:  python train.py --method cae              (pixels as targets; the drawn set `shapes`, a laptop; README.md has times, losses, the paper's runs)
+         python train.py --method dvae             (a tokenizer, and then its ids as targets:)
+         python train.py --method cae --target dvae:runs/dvae/tokenizer.pt --out runs/cae-dvae
 
 Where the paper is silent, the authors' code (https://github.com/Atten4Vis/CAE) decides:
     - F has a CLS token in both passes; it is left out of everything after (regressor, decoder, losses), so it learns only as a context
       for the patches. Layer scale of .1 (L: 1e-5), drop path also in the pass that makes the target, gradients clipped at 3.
     - Z_v and the target are taken after F's last LayerNorm, Z_m after H's. If D' differs from D, a linear layer and a LayerNorm map Z_v,
-      and the target too, to D'.
+      and the target too, to D' (so in S and in our `micro`; B and L have D' = D).
     - In H, positions are added to queries and keys, not to values; queries, keys and values pass a LayerNorm each ("the keys and the
       values are the same" is loosely true); the MLP's residual branch starts from the *normalised* sum. Z_m gets its positions again, once,
       before G.
@@ -35,8 +38,9 @@ Where the paper is silent, the authors' code (https://github.com/Atten4Vis/CAE) 
 And where both are silent, it is ours:
     - Pixels as targets (Fig. 3, Table 9): each patch normalised as in MAE, and lambda; see `add_args`.
     - No decoder (Table 2): a linear layer on Z_m, without positions. Position tables of new runs are in MAE's order; theirs are row-first.
-    - The discrete VAE that the paper trains on ImageNet is not released; `DVAE` follows the shape that their code loads, and DALL-E's
-      training (Ramesh et al., arXiv 2102.12092).
+    - The discrete VAE that the paper trains on ImageNet is not released. `DVAE` has the encoder that their code loads, and a decoder that
+      mirrors it. From DALL-E (Ramesh et al., arXiv 2102.12092): Gumbel-softmax, its temperatures, cosine schedules. Ours: squared error,
+      the weight of the KL term, the lengths of the schedules.
 """
 import argparse
 import math
@@ -51,48 +55,310 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import vit
 from data import MEAN, STD, denormalize
 from vit import (Block, LayerScale, Mlp, UserError, build_encoder, init_weights, load_file, norm_pix, pack_encoder, patchify, rename, sincos_positions, take,
                  undo_norm_pix, unpatchify, visible_ids)
 
 
-# Sec. 5.1: encoder width, depth, heads; those of regressor and decoder (D', blocks of each, heads). In CAE's code S has 12 heads and D' = 768.
-SIZES = {name: (width, depth, heads, width, 4, heads) for name, (width, depth, heads, *_) in vit.SIZES.items()}
-SIZES |= {"small": (384, 12, 12, 768, 4, 12), "micro": vit.SIZES["micro"]}
+SIZES = {  # width and depth of F (Sec. 5.1), its heads (CAE's code); width D', depth and heads of G, and so of H
+    "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
+    "tiny": (192, 12, 3, 192, 4, 3),  # ours
+    "small": (384, 12, 12, 768, 4, 12),
+    "base": (768, 12, 12, 768, 4, 12),
+    "large": (1024, 24, 16, 1024, 4, 16),
+    "huge": (1280, 32, 16, 1280, 4, 16),  # ours
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sec. 3.2: block-wise masking
 # --------------------------------------------------------------------------------------------------------------------
-def block_mask(batch, grid, hidden, tries=400):
-    """Block-wise masks (Sec. 3.2, Fig. 2), BEiT's as CAE's code draws them: bool (B, L), True = hidden, exactly `hidden` in each row.
+def block_mask(batch, grid, count, tries=400):
+    """Block-wise masks (Sec. 3.2, Fig. 2), BEiT's as CAE's code draws them: bool (B, L), True = hidden, exactly `count` in each row.
 
     Random boxes are hidden one after the other. With R patches still to hide, a box has an area uniform between 16 patches (of 196; here
     that share of L) and R, and a log-uniform aspect ratio from .3 to 1 / .3; it is taken if it is smaller than the grid on both sides
-    and hides at least one and at most R more. A mask that is not full after `tries` boxes is filled at random.
+    and hides at least one and at most R more. A mask that is not full after `tries` boxes is filled at random (ours: theirs goes on).
 
     Drawn on the CPU (about .1 ms an image), while a card is still busy with the step before.
     """
-    H, W = grid
+    H, W = grid  # in patches
     smallest = max(1, round(16 / 196 * H * W))
     rows, columns = torch.arange(H).view(1, H, 1), torch.arange(W).view(1, 1, W)
     masks, todo = torch.zeros(batch, H, W, dtype=torch.bool), torch.arange(batch)  # todo: (b,), the masks that are not full
     for _ in range(tries):
-        left = hidden - masks[todo].sum(dim=(1, 2))  # R, (b,)
-        todo, left = todo[left > 0], left[left > 0].view(-1, 1, 1)
+        R = count - masks[todo].sum(dim=(1, 2))  # (b,)
+        todo, R = todo[R > 0], R[R > 0].view(-1, 1, 1)
         if not len(todo):
             break
-        mask, u = masks[todo], torch.rand(4, len(todo), 1, 1)
-        area, aspect = smallest + (left - smallest) * u[0], 0.3 ** (2 * u[1] - 1)
+        for_area, for_aspect, for_top, for_left = torch.rand(4, len(todo), 1, 1)  # uniform in [0, 1), (b, 1, 1) each
+        area, aspect = smallest + (R - smallest) * for_area, 0.3 ** (2 * for_aspect - 1)
         h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, first = (u[2] * (H - h + 1)).floor(), (u[3] * (W - w + 1)).floor()
-        box = (rows >= top) & (rows < top + h) & (columns >= first) & (columns < first + w)  # (b, H, W)
-        more = (box & ~mask).sum(dim=(1, 2), keepdim=True)
-        masks[todo] = mask | (box & (h < H) & (w < W) & (more > 0) & (more <= left))
+        top, left = (for_top * (H - h + 1)).floor(), (for_left * (W - w + 1)).floor()
+        box = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)  # (b, H, W)
+        more = (box & ~masks[todo]).sum(dim=(1, 2), keepdim=True)
+        masks[todo] |= box & (h < H) & (w < W) & (more > 0) & (more <= R)
     masks = masks.flatten(1)
     order = (torch.rand(masks.shape) - masks.float()).argsort(dim=1)  # the hidden ones first, then the others at random
-    return torch.zeros_like(masks).scatter(1, order[:, :hidden], True)
+    return torch.zeros_like(masks).scatter(1, order[:, :count], True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sec. 3.1: latent contextual regressor and decoder. The encoder is the ViT of vit.py.
+# --------------------------------------------------------------------------------------------------------------------
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to keys and values of their own; keys without bias."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"--decoder-width {dim} is not a multiple of --decoder-heads {heads}")
+        self.heads = heads
+        self.q, self.k, self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, q, k, v):
+        """q (B, U, D'), k and v (B, V + U, D') -> (B, U, D')."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(q), self.k(k), self.v(v)))  # (B, H, U or V + U, D' / H)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """A block of the regressor (Sec. 3.1): queries Z_m, keys and values [Z_v, Z_m]. Z_v is read, never changed.
+
+    Positions are added to queries and keys, not to values, and the MLP's branch starts from the normalised sum (CAE's code).
+    `recompute` and `drop_path` as in vit.Block.
+    """
+
+    def __init__(self, dim, heads, layer_scale):
+        super().__init__()
+        self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
+        self.attn, self.mlp = CrossAttention(dim, heads), Mlp(dim, 4 * dim)
+        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
+        self.recompute, self.drop_path = False, 0.0
+
+    def residuals(self, x, visible, pos_x, pos_visible):
+        def drop(branch):
+            return stochastic_depth(branch, self.drop_path, "row", self.training)
+
+        both, pos = torch.cat([visible, x], dim=1), torch.cat([pos_visible, pos_x], dim=1)  # [Z_v, Z_m], [P_v, P_m], (B, V + U, D')
+        x = x + drop(self.ls1(self.attn(self.norm_q(x + pos_x), self.norm_k(both + pos), self.norm_v(both))))
+        x = self.norm2(x)
+        return x + drop(self.ls2(self.mlp(x)))
+
+    def forward(self, x, visible, pos_x, pos_visible):
+        """Z_m so far (B, U, D'), Z_v (B, V, D'), their positions P_m and P_v -> the next Z_m."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.residuals, x, visible, pos_x, pos_visible, use_reentrant=False)
+        return self.residuals(x, visible, pos_x, pos_visible)
+
+
+class Regressor(nn.Module):
+    """H: Z_v (B, V, D') and positions -> Z_m (B, U, D')."""
+
+    def __init__(self, width, depth, heads, layer_scale):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))  # the mask query, the same for all hidden patches
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, visible, pos_visible, pos_hidden):
+        x = self.mask_token.to(visible.dtype).expand_as(pos_hidden)  # Q_m, (B, U, D')
+        for block in self.blocks:
+            x = block(x, visible, pos_hidden, pos_visible)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """G (Sec. 3.1): Z_m and P_m, each (B, U, D') -> Y_m (B, U, outputs). Without blocks a linear layer on Z_m (Table 2)."""
+
+    def __init__(self, width, depth, heads, layer_scale, outputs):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale=layer_scale) for _ in range(depth))
+        if depth:
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, z, pos):
+        if not self.blocks:
+            return self.head(z)
+        x = z + pos
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Eq. 1
+# --------------------------------------------------------------------------------------------------------------------
+def alignment_loss(predicted, target):
+    """l_z of Eq. 1: mean-squared error of Z_m and the target, both (B, U, D') -> ()."""
+    return (predicted.float() - target.detach().float()).square().mean()  # sg[]; `predict` builds no graph for it either, to save memory
+
+
+def decoding_loss(decoded, goal):
+    """l_y of Eq. 1 -> (): the paper's cross-entropy of logits (B, U, vocabulary) to ids (B, U), or for pixels (B, U, P), of which the
+    paper does not say it, the mean-squared error."""
+    if goal.is_floating_point():  # pixels
+        return (decoded.float() - goal).square().mean()
+    return F.cross_entropy(decoded.float().flatten(0, 1), goal.flatten())
+
+
+def hidden_of(values, ids):
+    """Values (B, L) or (B, L, n) at the hidden patches (B, U) -> (B, U) or (B, U, n)."""
+    return values.gather(1, ids) if values.ndim == 2 else take(values, ids)
+
+
+def check_args(args, patches, regressor_depth):
+    """A UserError for flags that cannot work. Comparisons are written so that NaN is refused too."""
+    if not 0 < args.mask_ratio < 1 or not 0 < round(args.mask_ratio * patches) < patches:
+        raise UserError(f"--mask-ratio {args.mask_ratio}: of {patches} patches at least 1 must stay visible and at least 1 be hidden")
+    if not 0 <= args.align_weight < math.inf:
+        raise UserError(f"--align-weight {args.align_weight}: must be at least 0")
+    if not 0 <= args.drop_path < 1:
+        raise UserError(f"--drop-path {args.drop_path}: must be at least 0 and below 1")
+    if regressor_depth < 1:
+        raise UserError(f"--regressor-depth must be at least 1, nothing else can predict hidden patches (Sec. 5.3); it is {regressor_depth}"
+                        f"{', as --decoder-depth: give --regressor-depth 4' if args.regressor_depth is None else ''}")
+    if args.vocabulary is not None and (args.vocabulary < 2 or args.target != "rgb"):
+        raise UserError(f"--vocabulary {args.vocabulary}: at least 2, and only without a tokenizer (--target {args.target} brings its own)")
+
+
+class CAE(nn.Module):
+    """Fig. 1. H and G have the width D' (--decoder-width) and the same heads. Tokenizers stand below, in the next part of the file."""
+
+    sizes = SIZES
+
+    @staticmethod
+    def add_args(parser):
+        add = parser.add_argument_group("CAE").add_argument
+        add("--mask-ratio", type=float, default=0.5, help="share of the patches that is hidden (Sec. 3.2: 98 of 196; Table 5)")
+        add("--target", default="rgb", metavar="rgb | dvae:FILE | dalle:FILE", help="pixels, the ids of a tokenizer.pt of --method dvae, or of OpenAI's encoder.pkl (Table 9)")
+        add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="rgb: each patch normalised, as in MAE (ours: the paper does not say)")
+        add("--align-weight", type=float, default=2.0, help="lambda of Eq. 1 (Sec. 3.2); 0: no alignment (Table 2)")
+        add("--regressor-depth", type=int, help="blocks of the regressor [as --decoder-depth; Sec. 5.1, Table 6: 4]. --decoder-depth 0: a linear layer (Table 2)")
+        add("--vocabulary", type=int, help=argparse.SUPPRESS)  # for callers that give ids themselves; a tokenizer's file says its own
+        add("--layer-scale", type=float, default=0.1, help="initial factor of every residual branch (CAE's code; L: 1e-5)")
+        add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block of each part, rising linearly from 0 (Appendix A)")
+        add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
+        parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
+
+    def __init__(self, args):
+        super().__init__()
+        self.encoder = encoder = build_encoder(args, layer_scale=args.layer_scale)
+        L, D, width, heads = encoder.num_patches, encoder.width, args.decoder_width, args.decoder_heads
+        regressor_depth = args.decoder_depth if args.regressor_depth is None else args.regressor_depth
+        check_args(args, L, regressor_depth)
+        self.num_hidden = round(args.mask_ratio * L)  # U
+        self.align_weight, self.norm_pix = args.align_weight, args.norm_pix
+        # nn.Module's own __setattr__ would make the tokenizer a part of what is trained, saved and synchronised.
+        object.__setattr__(self, "tokenizer", open_tokenizer(args.target))
+        self.vocabulary = self.tokenizer.vocabulary if self.tokenizer else args.vocabulary  # None: pixels
+
+        self.project = nn.Sequential(nn.Linear(D, width), nn.LayerNorm(width, eps=1e-6)) if width != D else nn.Identity()
+        self.pos_embed = nn.Parameter(sincos_positions(width, encoder.grid), requires_grad=False)  # (1, 1 + L, D'), for H and G
+        self.regressor = Regressor(width, regressor_depth, heads, args.layer_scale)
+        self.decoder = Decoder(width, args.decoder_depth, heads, args.layer_scale, self.vocabulary or encoder.config["channels"] * encoder.patch_size**2)
+        self.initialise(args.rescaled_init)
+        for part in (encoder, self.regressor, self.decoder):
+            for block, rate in zip(part.blocks, torch.linspace(0, args.drop_path, len(part.blocks)).tolist()):
+                block.drop_path = rate
+        self.output = "logits" if self.vocabulary else "pixels"
+        self.panels = ["image", "visible patches"]
+        if not self.vocabulary:
+            true = "\n(true mean, std)" if self.norm_pix else ""
+            self.panels += [f"reconstruction{true}", f"H skipped{true}"]
+
+    def initialise(self, rescaled):
+        """CAE's code: xavier-uniform, tokens and patch embedding a normal of .02 cut at one deviation; `rescaled`: all matrices so, and
+        what leaves a branch of block i divided by sqrt(2 i)."""
+        normals = [self.encoder.cls_token, self.encoder.patch_embed.proj.weight, self.regressor.mask_token]
+        self.apply(init_weights)
+        if rescaled:
+            normals += [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
+        for parameter in normals:
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+        if rescaled:
+            for part in (self.encoder, self.regressor, self.decoder):
+                for i, block in enumerate(part.blocks, start=1):
+                    for layer in (block.attn.proj, block.mlp.fc2):
+                        layer.weight.data.div_(math.sqrt(2 * i))
+
+    def predict(self, images, mask=None):
+        """Every tensor of Fig. 1. images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None to draw one.
+
+        Returns visible (B, 1+V, D), Z_v after F's last LayerNorm, CLS first; predicted (B, U, D'), Z_m; pixels (B, U, P) or logits (B, U,
+        vocabulary), Y_m; mask (B, L) and hidden_ids (B, U), where it is True; and unless lambda is 0 target (B, U, D'), Z_m with a bar.
+        (What the paper calls targets, Y_m with a bar, is `goal`.)
+        """
+        encoder = self.encoder
+        if mask is None:
+            mask = block_mask(len(images), encoder.grid, self.num_hidden)  # on the CPU, and so are the ids, until the next line but one
+        seen, hidden_ids = visible_ids(mask), visible_ids(~mask)  # (B, V), (B, U), in raster order
+        mask, seen, hidden_ids = (x.to(images.device, non_blocking=True) for x in (mask, seen, hidden_ids))
+        x = encoder.embed(images)  # (B, L, D)
+        pos = self.pos_embed[:, 1:].expand(len(images), -1, -1)  # (B, L, D')
+        pos_hidden = take(pos, hidden_ids)
+
+        visible = encoder.encode(take(x, seen))  # F: P(Z_v | X_v, P_v), (B, 1+V, D)
+        predicted = self.regressor(self.project(visible[:, 1:]), take(pos, seen), pos_hidden)  # H: P(Z_m | Z_v, P_v, P_m), (B, U, D')
+        decoded = self.decoder(predicted, pos_hidden)  # G: P(Y_m | Z_m, P_m)
+        out = {"visible": visible, "predicted": predicted, self.output: decoded, "mask": mask, "hidden_ids": hidden_ids}
+        if self.align_weight:
+            with torch.no_grad():
+                out["target"] = self.project(encoder.encode(take(x, hidden_ids))[:, 1:])  # the same weights, on the hidden patches alone
+        return out
+
+    def goal(self, images):
+        """The targets of Sec. 3.2, of every patch: pixels (B, L, P), or the tokenizer's ids (B, L)."""
+        if not self.vocabulary:
+            patches = patchify(images, self.encoder.patch_size)
+            return norm_pix(patches) if self.norm_pix else patches
+        if not self.tokenizer:
+            raise UserError(f"--vocabulary {self.vocabulary}: nothing gives ids to train on; use --target dvae:FILE or dalle:FILE, or leave --vocabulary out")
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            size = [8 * side for side in self.encoder.grid]  # a tokenizer gives one id for 8 x 8 pixels: so one a patch
+            x = v2.functional.resize(denormalize(images).clamp(0, 1), size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+            return self.tokenizer.to(images.device).ids(x).flatten(1)
+
+    def forward(self, images, mask=None, ids=None):
+        """images (B, C, H, W), ids (B, U) of the hidden patches, or None to ask the tokenizer -> loss (), {"recon" or "tokens": (), "align": ()}."""
+        out = self.predict(images, mask)
+        goal = hidden_of(self.goal(images), out["hidden_ids"]) if ids is None else ids
+        loss = decoding_loss(out[self.output], goal)  # l_y of Eq. 1
+        metrics = {"tokens" if self.vocabulary else "recon": loss.detach()}
+        if self.align_weight:
+            align = alignment_loss(out["predicted"], out["target"])  # l_z
+            loss = loss + self.align_weight * align  # Eq. 1: l_y + lambda l_z
+            metrics["align"] = align.detach()
+        return loss, metrics
+
+    def skip_regressor(self, images):
+        """Fig. 10: all patches through F, then G, without H -> decoded (B, L, P or vocabulary)."""
+        z = self.encoder.encode(self.encoder.embed(images))[:, 1:]  # (B, L, D)
+        return self.decoder(self.project(z), self.pos_embed[:, 1:])
+
+    @torch.no_grad()
+    def visualize(self, images):
+        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {"skipped": l_y with H skipped, of the hidden patches}.
+
+        The panels: image, visible patches (Fig. 2), and for pixels the reconstruction and that of Fig. 3, of all patches with H
+        skipped. With norm_pix they borrow each patch's true mean and standard deviation: their colours are not predicted.
+        """
+        p, grid = self.encoder.patch_size, self.encoder.grid
+        out, patches = self.predict(images), patchify(images, p)  # (B, L, P)
+        hidden = out["mask"].unsqueeze(-1)  # (B, L, 1)
+        skipped, panels, ids = self.skip_regressor(images), [patches, patches.masked_fill(hidden, 0)], out["hidden_ids"]
+        numbers = {"skipped": decoding_loss(hidden_of(skipped, ids), hidden_of(self.goal(images), ids)).item()}
+        if not self.vocabulary:
+            decoded = torch.zeros_like(patches).masked_scatter(hidden, out["pixels"].float())
+            decoded, skipped = (undo_norm_pix(x.float(), patches) if self.norm_pix else x.float() for x in (decoded, skipped))
+            panels += [torch.where(hidden, decoded, patches), skipped]
+        return torch.stack([denormalize(unpatchify(x, grid, p)).clamp(0, 1) for x in panels], dim=1), numbers
+
+    def export(self):
+        """What encoder.pt holds: a plain ViT with layer scale. CAE's authors probe its CLS token."""
+        return pack_encoder(self.encoder, "cae", "cls", MEAN, STD)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -109,14 +375,20 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
+def perplexity(ids, vocabulary):
+    """exp of the entropy of how often each id occurs -> (), from 1 (one id alone) to the vocabulary (all alike)."""
+    p = torch.bincount(ids.flatten(), minlength=vocabulary) / ids.numel()
+    return torch.special.entr(p).sum().exp()
+
+
 class DVAE(nn.Module):
     """The discrete VAE: --method dvae. One id of a vocabulary for each 8 x 8 pixels, and an image again from the ids.
 
-    images (B, 3, H, W) -- convolutions of stride 2, three of them --> logits (B, K, h, w) -- relaxed draw (Gumbel-softmax) --> weights of
-    the K code vectors --> (B, E, h, w) -- the same backwards --> images. Loss: squared error + beta KL(q || uniform). Schedules as DALL-E's.
+    images (B, 3, H, W) -- convolutions, three of stride 2 --> logits (B, K, h, w), h = H / 8 -- relaxed draw (Gumbel-softmax) --> weights
+    of the K code vectors --> (B, E, h, w) -- the same backwards --> images. Loss: squared error + beta KL(q || uniform).
     """
 
-    exports = "tokenizer.pt"
+    export_file = "tokenizer.pt"
     panels = ["image", "from its ids"]
 
     @staticmethod
@@ -192,12 +464,6 @@ class DVAE(nn.Module):
         return {"config": self.config, "state_dict": {name: value.detach().cpu().clone() for name, value in self.state_dict().items()}, "method": "dvae"}
 
 
-def perplexity(ids, vocabulary):
-    """exp of the entropy of how often each id occurs -> (), from 1 (one id alone) to the vocabulary (all alike)."""
-    p = torch.bincount(ids.flatten(), minlength=vocabulary) / ids.numel()
-    return torch.special.entr(p).sum().exp()
-
-
 class DalleBlock(nn.Module):
     """A block of DALL-E's encoder: four times ReLU and convolution, beside the identity."""
 
@@ -216,7 +482,8 @@ class DalleBlock(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """DALL-E's tokenizer (Ramesh et al., 2021): four groups of blocks at 1, 2, 4 and 8 times the width, halved by max pooling between."""
+    """DALL-E's tokenizer (Ramesh et al., 2021): four groups of blocks at 1, 2, 4 and 8 times the width, halved by max pooling between.
+    Modules have OpenAI's names, so that the file's weights load."""
 
     def __init__(self, width=256, vocabulary=8192, blocks=2):
         super().__init__()
@@ -226,7 +493,7 @@ class DalleEncoder(nn.Module):
         for group, factor in enumerate((1, 2, 4, 8), start=1):
             layers = nn.Sequential()
             for i in range(1, blocks + 1):
-                layers.add_module(f"block_{i}", DalleBlock(before, factor * width, gain=1 / (4 * blocks) ** 2))
+                layers.add_module(f"block_{i}", DalleBlock(before, factor * width, gain=1 / (4 * blocks) ** 2))  # 1 / (all blocks)^2, theirs
                 before = factor * width
             if group < 4:
                 layers.add_module("pool", nn.MaxPool2d(2))
@@ -247,7 +514,7 @@ PICKLED = [(Pickled, name) for name in ("dall_e.encoder.Encoder", "dall_e.encode
 
 
 def open_tokenizer(target):
-    """--target -> a frozen tokenizer, or None for pixels."""
+    """--target -> a frozen tokenizer, or None for pixels. A UserError if the file is none of the kind."""
     kind, _, path = target.partition(":")
     if target == "rgb":
         return None
@@ -256,7 +523,8 @@ def open_tokenizer(target):
     state = load_file(path, PICKLED if kind == "dalle" else ())
     try:
         if kind == "dvae":
-            args = argparse.Namespace(**state["config"], temperature=[1, 1], anneal=1, kl_weight=0, kl_warmup=1, image_size=[8, 8])
+            training = dict(temperature=[1, 1], anneal=1, kl_weight=0, kl_warmup=1, image_size=[8, 8])  # any values that pass: the shape is in config
+            args = argparse.Namespace(**state["config"], **training)
             tokenizer, weights = DVAE(args), state["state_dict"]
         else:
             weights = state.state_dict() if isinstance(state, Pickled) else state
@@ -270,258 +538,13 @@ def open_tokenizer(target):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Sec. 3.1: latent contextual regressor and decoder. The encoder is the ViT of vit.py.
-# --------------------------------------------------------------------------------------------------------------------
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to keys and values of their own; keys without bias."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        if dim % heads:
-            raise UserError(f"--decoder-width {dim} is not a multiple of --decoder-heads {heads}")
-        self.heads = heads
-        self.q, self.k, self.v, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim), nn.Linear(dim, dim)
-
-    def forward(self, q, k, v):
-        """q (B, U, D'), k and v (B, V + U, D') -> (B, U, D')."""
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(q), self.k(k), self.v(v)))  # (B, H, U or V + U, D' / H)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class CrossBlock(nn.Module):
-    """A block of the regressor. `recompute` and `drop_path` as in vit.Block."""
-
-    def __init__(self, dim, heads, layer_scale):
-        super().__init__()
-        self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
-        self.attn, self.mlp = CrossAttention(dim, heads), Mlp(dim, 4 * dim)
-        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
-        self.recompute, self.drop_path = False, 0.0
-
-    def residuals(self, x, visible, pos_x, pos_visible):
-        both, pos = torch.cat([visible, x], dim=1), torch.cat([pos_visible, pos_x], dim=1)  # (B, V + U, D')
-        attended = self.attn(self.norm_q(x + pos_x), self.norm_k(both + pos), self.norm_v(both))
-        x = self.norm2(x + stochastic_depth(self.ls1(attended), self.drop_path, "row", self.training))
-        return x + stochastic_depth(self.ls2(self.mlp(x)), self.drop_path, "row", self.training)
-
-    def forward(self, x, visible, pos_x, pos_visible):
-        """Z_m so far (B, U, D'), Z_v (B, V, D'), their positions -> the next Z_m. Z_v is read, never changed."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residuals, x, visible, pos_x, pos_visible, use_reentrant=False)
-        return self.residuals(x, visible, pos_x, pos_visible)
-
-
-class Regressor(nn.Module):
-    """H: Z_v (B, V, D') and positions -> Z_m (B, U, D')."""
-
-    def __init__(self, width, depth, heads, layer_scale):
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))  # the mask query, the same for all hidden patches
-        self.blocks = nn.ModuleList(CrossBlock(width, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, visible, pos_visible, pos_hidden):
-        x = self.mask_token.to(visible.dtype).expand_as(pos_hidden)  # Q_m, (B, U, D')
-        for block in self.blocks:
-            x = block(x, visible, pos_hidden, pos_visible)
-        return self.norm(x)
-
-
-class Decoder(nn.Module):
-    """G: Z_m and positions, each (B, U, D') -> targets (B, U, outputs). Without blocks a linear layer (Table 2)."""
-
-    def __init__(self, width, depth, heads, layer_scale, outputs):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, layer_scale=layer_scale) for _ in range(depth))
-        if depth:
-            self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, outputs)
-
-    def forward(self, z, pos):
-        if not self.blocks:
-            return self.head(z)
-        x = z + pos
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Eq. 1
-# --------------------------------------------------------------------------------------------------------------------
-def alignment_loss(predicted, target):
-    """l_z of Eq. 1: mean-squared error of Z_m and the target, both (B, U, D') -> ()."""
-    return (predicted.float() - target.detach().float()).square().mean()  # sg[]
-
-
-def decoding_loss(decoded, goal):
-    """l_y of Eq. 1 -> (). Cross-entropy of logits (B, U, vocabulary) to ids (B, U), or mean-squared error of pixels to pixels (B, U, P)."""
-    if goal.is_floating_point():
-        return (decoded.float() - goal).square().mean()
-    return F.cross_entropy(decoded.float().flatten(0, 1), goal.flatten())
-
-
-def hidden_of(values, ids):
-    """Values (B, L) or (B, L, n) at the hidden patches (B, U) -> (B, U) or (B, U, n)."""
-    return values.gather(1, ids) if values.ndim == 2 else take(values, ids)
-
-
-def check_args(args, patches):
-    """A UserError for flags that cannot work. Comparisons are written so that NaN is refused too."""
-    if not 0 < args.mask_ratio < 1 or not 0 < round(args.mask_ratio * patches) < patches:
-        raise UserError(f"--mask-ratio {args.mask_ratio}: of {patches} patches at least 1 must stay visible and at least 1 be hidden")
-    if not 0 <= args.align_weight < math.inf:
-        raise UserError(f"--align-weight {args.align_weight}: must be at least 0")
-    if not 0 <= args.drop_path < 1:
-        raise UserError(f"--drop-path {args.drop_path}: must be at least 0 and below 1")
-    if (args.decoder_depth if args.regressor_depth is None else args.regressor_depth) < 1:
-        raise UserError("--regressor-depth must be at least 1: nothing else can predict hidden patches (Sec. 5.3); the paper has 4")
-    if args.vocabulary is not None and (args.vocabulary < 2 or args.target != "rgb"):
-        raise UserError(f"--vocabulary {args.vocabulary}: at least 2, and only without a tokenizer (--target {args.target} brings its own)")
-
-
-class CAE(nn.Module):
-    """Fig. 1. The regressor and the decoder have the width D' (--decoder-width) and the same heads."""
-
-    sizes = SIZES
-
-    @staticmethod
-    def add_args(parser):
-        add = parser.add_argument_group("CAE").add_argument
-        add("--mask-ratio", type=float, default=0.5, help="share of the patches that is hidden (Sec. 3.2: 98 of 196; Table 5)")
-        add("--target", default="rgb", metavar="rgb | dvae:FILE | dalle:FILE", help="pixels, the ids of a tokenizer.pt of --method dvae, or of OpenAI's encoder.pkl (Table 9)")
-        add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="rgb: each patch normalised, as in MAE (ours: the paper does not say)")
-        add("--align-weight", type=float, default=2.0, help="lambda of Eq. 1 (Sec. 3.2); 0: no alignment (Table 2)")
-        add("--regressor-depth", type=int, help="blocks of the regressor [those of the decoder: 4 (Sec. 5.1, Table 6)]. --decoder-depth 0: a linear layer (Table 2)")
-        add("--vocabulary", type=int, help="predict ids of so many tokens that the caller gives; with dvae:FILE and dalle:FILE the file says it")
-        add("--layer-scale", type=float, default=0.1, help="initial factor of every residual branch (CAE's code; L: 1e-5)")
-        add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block of each part, rising linearly from 0 (Appendix A)")
-        add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
-        parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
-
-    def __init__(self, args):
-        super().__init__()
-        self.encoder = encoder = build_encoder(args, layer_scale=args.layer_scale)
-        L, D, width, heads = encoder.num_patches, encoder.width, args.decoder_width, args.decoder_heads
-        check_args(args, L)
-        regressor_depth = args.decoder_depth if args.regressor_depth is None else args.regressor_depth
-        self.hidden = round(args.mask_ratio * L)  # U
-        self.align_weight, self.norm_pix = args.align_weight, args.norm_pix
-        # Not a submodule: the tokenizer is no part of what is trained, saved or synchronised.
-        object.__setattr__(self, "tokenizer", open_tokenizer(args.target))
-        self.vocabulary = self.tokenizer.vocabulary if self.tokenizer else args.vocabulary
-
-        self.project = nn.Sequential(nn.Linear(D, width), nn.LayerNorm(width, eps=1e-6)) if width != D else nn.Identity()
-        self.pos_embed = nn.Parameter(sincos_positions(width, encoder.grid), requires_grad=False)  # (1, 1 + L, D'), for H and G
-        self.regressor = Regressor(width, regressor_depth, heads, args.layer_scale)
-        self.decoder = Decoder(width, args.decoder_depth, heads, args.layer_scale, self.vocabulary or encoder.config["channels"] * encoder.patch_size**2)
-        self.initialise(args.rescaled_init)
-        for part in (encoder, self.regressor, self.decoder):
-            for block, rate in zip(part.blocks, torch.linspace(0, args.drop_path, len(part.blocks)).tolist()):
-                block.drop_path = rate
-        self.panels = ["image", "visible patches"]
-        if not self.vocabulary:
-            true = "\n(true mean, std)" if self.norm_pix else ""
-            self.panels += [f"reconstruction{true}", f"H skipped{true}"]
-
-    def initialise(self, rescaled):
-        """CAE's code: xavier-uniform, tokens and patch embedding a normal of .02 cut at one deviation; `rescaled`: all matrices so, and
-        what leaves a branch of block i divided by sqrt(2 i)."""
-        normals = [self.encoder.cls_token, self.encoder.patch_embed.proj.weight, self.regressor.mask_token]
-        self.apply(init_weights)
-        if rescaled:
-            normals += [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
-        for parameter in normals:
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
-        for part in (self.encoder, self.regressor, self.decoder) if rescaled else ():
-            for i, block in enumerate(part.blocks, start=1):
-                for layer in (block.attn.proj, block.mlp.fc2):
-                    layer.weight.data.div_(math.sqrt(2 * i))
-
-    def predict(self, images, mask=None):
-        """Every tensor of Fig. 1. images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None to draw one.
-
-        Returns visible (B, 1+V, D) after F's last LayerNorm, CLS first; predicted (B, U, D'); pixels (B, U, P) or logits (B, U,
-        vocabulary); mask (B, L) and hidden_ids (B, U), where it is True; and unless lambda is 0 target (B, U, D').
-        """
-        encoder = self.encoder
-        if mask is None:
-            mask = block_mask(len(images), encoder.grid, self.hidden)
-        mask, seen, unseen = (x.to(images.device, non_blocking=True) for x in (mask, visible_ids(mask), visible_ids(~mask)))  # (B, L), (B, V), (B, U)
-        x = encoder.embed(images)  # (B, L, D)
-        pos = self.pos_embed[:, 1:].expand(len(images), -1, -1)  # (B, L, D')
-        pos_hidden = take(pos, unseen)
-
-        visible = encoder.encode(take(x, seen))  # F: P(Z_v | X_v, P_v), (B, 1+V, D)
-        predicted = self.regressor(self.project(visible[:, 1:]), take(pos, seen), pos_hidden)  # H: P(Z_m | Z_v, P_v, P_m), (B, U, D')
-        decoded = self.decoder(predicted, pos_hidden)  # G: P(Y_m | Z_m, P_m)
-        out = {"visible": visible, "predicted": predicted, "logits" if self.vocabulary else "pixels": decoded, "mask": mask, "hidden_ids": unseen}
-        if self.align_weight:
-            with torch.no_grad():
-                out["target"] = self.project(encoder.encode(take(x, unseen))[:, 1:])  # the same weights, on the hidden patches alone
-        return out
-
-    def goal(self, images):
-        """What G is to predict, of every patch: pixels (B, L, P), or the tokenizer's ids (B, L)."""
-        if not self.vocabulary:
-            patches = patchify(images, self.encoder.patch_size)
-            return norm_pix(patches) if self.norm_pix else patches
-        if not self.tokenizer:
-            raise UserError(f"--vocabulary {self.vocabulary}: nothing gives ids to train on; use --target dvae:FILE or dalle:FILE, or leave --vocabulary out")
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            size = [8 * side for side in self.encoder.grid]
-            x = v2.functional.resize(denormalize(images).clamp(0, 1), size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-            return self.tokenizer.to(images.device).ids(x).flatten(1)
-
-    def forward(self, images, mask=None, ids=None):
-        """images (B, C, H, W), ids (B, U) of the hidden patches, or None to ask the tokenizer -> loss (), {"recon" or "tokens": (), "align": ()}."""
-        out = self.predict(images, mask)
-        goal = hidden_of(self.goal(images), out["hidden_ids"]) if ids is None else ids
-        loss = decoding_loss(out["logits" if self.vocabulary else "pixels"], goal)  # l_y of Eq. 1
-        metrics = {"tokens" if self.vocabulary else "recon": loss.detach()}
-        if self.align_weight:
-            align = alignment_loss(out["predicted"], out["target"])  # l_z
-            loss = loss + self.align_weight * align  # Eq. 1: l_y + lambda l_z
-            metrics["align"] = align.detach()
-        return loss, metrics
-
-    def skip_regressor(self, images):
-        """Fig. 10: all patches through F, then G, without H -> decoded (B, L, P or vocabulary)."""
-        z = self.encoder.encode(self.encoder.embed(images))[:, 1:]  # (B, L, D)
-        return self.decoder(self.project(z), self.pos_embed[:, 1:])
-
-    @torch.no_grad()
-    def visualize(self, images):
-        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {"skipped": l_y with H skipped, of the hidden patches}.
-
-        The panels: image, visible patches (Fig. 2), and for pixels the reconstruction and that of Fig. 3, of all patches with H
-        skipped. With norm_pix they borrow each patch's true mean and standard deviation: their colours are not predicted.
-        """
-        p, grid = self.encoder.patch_size, self.encoder.grid
-        out, patches = self.predict(images), patchify(images, p)  # (B, L, P)
-        hidden = out["mask"].unsqueeze(-1)  # (B, L, 1)
-        skipped, panels = self.skip_regressor(images), [patches, patches.masked_fill(hidden, 0)]
-        numbers = {"skipped": decoding_loss(*(hidden_of(x, out["hidden_ids"]) for x in (skipped, self.goal(images)))).item()}
-        if not self.vocabulary:
-            decoded = torch.zeros_like(patches).masked_scatter(hidden, out["pixels"].float())
-            decoded, skipped = (undo_norm_pix(x.float(), patches) if self.norm_pix else x.float() for x in (decoded, skipped))
-            panels += [torch.where(hidden, decoded, patches), skipped]
-        return torch.stack([denormalize(unpatchify(x, grid, p)).clamp(0, 1) for x in panels], dim=1), numbers
-
-    def export(self):
-        """What encoder.pt holds: a plain ViT with layer scale. CAE's authors probe its CLS token."""
-        return pack_encoder(self.encoder, "cae", "cls", MEAN, STD)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The authors' checkpoints
 # --------------------------------------------------------------------------------------------------------------------
 def from_official(state_dict):
     """A checkpoint with the authors' names, of today's code or of the first release -> the names of `CAE`.
 
     The copy of the encoder that makes their targets is left out. Values are passed through or put together (a bias of q, k, v from
-    theirs of q and v), so that a dict of gradients maps the same way. `finetune.py` reads an encoder alone by it as well.
+    theirs of q and v), so that a dict of gradients maps the same way. train.py's --init takes such a file whole, finetune.py its encoder.
     """
     state = state_dict.get("model", state_dict)
     state = {name.removeprefix("module."): value for name, value in state.items()}

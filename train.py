@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from cae import CAE, DVAE
+from cae import from_official as from_official_cae
 from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, centred, decode, heat_map, loader, normalize,
                   object_awareness, open_sets, outline, patch_scatter, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
@@ -45,8 +46,9 @@ from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
-# export() -> what encoder.pt holds. One that trains no encoder names its file in `exports`; one with sizes of its own has `sizes`. Before
-# each step the loop sets `progress`, the share of the run that is done, for methods that have schedules of their own.
+# export() -> what encoder.pt holds. One that trains no encoder names its file in `export_file`; one with sizes of its own has `sizes`.
+# Before each step the loop sets `progress`, the share of the run that is done, for methods with schedules of their own. --recompute sets
+# `recompute` of every module that has it.
 # A new one: write its file, add it here.
 METHODS = {"mae": MAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
@@ -112,12 +114,13 @@ def parse_args(argv=None, base=()):
     add = parser.add_argument_group("pre-training").add_argument
     add("--min-lr", type=float, default=0.0, help="where the cosine ends (MAE's code: 0; CAE's: 1e-5)")
     add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9 (MAE's code; MixedAE Sec. 4.1: as MAE)")
-    add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published MAE file")
+    add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published file of MAE (for --method cae of CAE)")
     add("--val-images", type=int, default=512, help="images of the val set for val_loss (ours); 0: none")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
     add("--draw", nargs="+", metavar="IMAGE", help="draw pictures of these images with the run in --out, and stop")
     add_data_args(parser)
-    add_size_args(parser, *[not hasattr(METHODS[method], "exports")] * 2)
+    has_vit = not hasattr(METHODS[method], "export_file")  # a tokenizer trains none
+    add_size_args(parser, encoder=has_vit, decoder=has_vit)
     METHODS[method].add_args(parser)
 
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
@@ -202,15 +205,16 @@ def wrap(model, args, device, *example):
 # Starting from a file
 # --------------------------------------------------------------------------------------------------------------------
 def load_weights(model, path):
-    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published MAE file -> what was filled (see vit.fill)."""
+    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published file of MAE, for CAE of CAE -> what was filled (see vit.fill)."""
     state = load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"--init {path}: holds no weights by name")
-    shape = state.get("config") or state.get("args") or {}
-    if "state_dict" in state:
-        weights = {"encoder." + name: value for name, value in state["state_dict"].items()}  # encoder.pt
+    if "state_dict" in state:  # encoder.pt
+        weights, shape = {"encoder." + name: value for name, value in state["state_dict"].items()}, state.get("config", {})
+    elif "global_batch" in state:  # checkpoint.pt
+        weights, shape = state["model"], state["args"]
     else:
-        weights = state["model"] if "optimizer" in state else from_official_mae(state)
+        weights, shape = (from_official_cae if isinstance(model, CAE) else from_official_mae)(state), {}
     return fill(model, weights, shape, f"--init {path}")
 
 
@@ -295,15 +299,14 @@ def build_run(args, length, device):
 
 
 def write_export(run):
-    return run.folder.write(getattr(run.model, "exports", "encoder.pt"), lambda file: torch.save(run.model.export(), file))
+    return run.folder.write(getattr(run.model, "export_file", "encoder.pt"), lambda file: torch.save(run.model.export(), file))
 
 
 def save(run, step, sums):
     """encoder.pt or tokenizer.pt (transfers) and checkpoint.pt (resumes), after `step` steps. In this order: a kill between the two is mended by resuming."""
     saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
              "sums": sums, "args": vars(run.args), "global_batch": run.batches.global_batch}
-    exports = hasattr(run.model, "export")  # a classifier does not
-    if not exports or write_export(run):
+    if not hasattr(run.model, "export") or write_export(run):  # a classifier has nothing to export
         run.folder.write("checkpoint.pt", lambda file: torch.save(saved, file))
 
 
@@ -592,8 +595,8 @@ def farewell(run, done):
     if done < steps:
         print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
-    made = getattr(run.model, "exports", "encoder.pt")
-    following = (f"Predict its ids: python train.py --method cae --target dvae:{args.out}/tokenizer.pt" if made == "tokenizer.pt" else
+    made = getattr(run.model, "export_file", "encoder.pt")
+    following = (f"Predict its ids: python train.py --method cae --target dvae:{args.out}/tokenizer.pt --out {args.out}-cae" if made == "tokenizer.pt" else
                  f"What is it worth? python finetune.py --encoder {args.out}/encoder.pt --cache-features")
     print(f"{'finished' if run.batches.start < steps else 'finished already'}: {args.out} holds {made} (what transfers), checkpoint.pt, "
           f"log.jsonl and pictures/. {following} --data {args.data}", flush=True)

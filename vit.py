@@ -246,7 +246,7 @@ class LayerScale(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm transformer block. `recompute` = True trades time for memory: activations are computed again in backward.
-    `drop_path` is the probability that a sample skips a branch in training (stochastic depth; fine-tuning sets it)."""
+    `drop_path` is the probability that a sample skips a branch in training (stochastic depth; fine-tuning and CAE set it)."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None):
         super().__init__()

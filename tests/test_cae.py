@@ -140,7 +140,7 @@ def slow_cae(w, images, mask):
 
 
 @pytest.mark.parametrize("decoder_width", [32, 24])
-def test_random_weights_against_a_slow_version(decoder_width):
+def test_random_weights_against_a_slow_version(decoder_width, tmp_path):
     weights = official(32, decoder_width)
     flags = f"--heads 4 --decoder-width {decoder_width} --decoder-heads 4 --decoder-depth 2 --drop-path 0 --vocabulary 7".split()
     model = build("cae", *flags)
@@ -149,6 +149,10 @@ def test_random_weights_against_a_slow_version(decoder_width):
     out = model.predict(IMAGES, mask)
     for name, expected in zip(("visible", "predicted", "target", "logits"), slow_cae(weights, IMAGES, mask)):
         assert_close(out[name], expected, atol=2e-5, rtol=1e-4)
+    torch.save({"model": weights, "optimizer": {}, "args": {}}, tmp_path / "official.pth")
+    fresh = build("cae", *flags)
+    assert train.load_weights(fresh, tmp_path / "official.pth") == "the whole model"  # --init
+    assert torch.equal(fresh.predict(IMAGES, mask)["predicted"], out["predicted"])
     old, new = cae.from_official(official(32, decoder_width, old=True)), cae.from_official(weights)  # the first release's names
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in new)
 
@@ -221,8 +225,8 @@ def test_hidden_pixels_reach_no_visible_latent_and_the_regressor_changes_none(mo
     again = model.predict(other, mask)
     assert torch.equal(again["visible"], out["visible"]) and not torch.equal(again["target"], out["target"])
     assert torch.equal(again["predicted"], out["predicted"])  # from the visible patches alone
-    assert torch.equal(out["visible"], model.encoder.features(IMAGES, hidden=mask)["patches"].new_tensor(0) + torch.cat(
-        [model.encoder.features(IMAGES, hidden=mask)[key] for key in ("cls", "patches")], dim=1))
+    features = model.encoder.features(IMAGES, hidden=mask)
+    assert torch.equal(out["visible"], torch.cat([features["cls"], features["patches"]], dim=1))
     seen = torch.where(hidden, IMAGES, torch.randn_like(IMAGES))
     assert torch.equal(model.predict(seen, mask)["target"], out["target"])  # from the hidden patches alone
 
@@ -380,7 +384,7 @@ def test_a_run_makes_a_tokenizer_that_cae_learns_from(folder, tmp_path, capsys):
     run("--data", folder, "--out", tmp_path / "dvae", "--epochs", 2, "--log-every", 2, defaults=TOKENS)
     said = capsys.readouterr().out
     assert f"python train.py --method cae --target dvae:{tmp_path / 'dvae'}/tokenizer.pt" in said
-    log = [row for row in data.read_log(tmp_path / "dvae")]
+    log = data.read_log(tmp_path / "dvae")
     assert all(1 <= row["perplexity"] <= 6 and row["used"] <= 1 for row in log) and (tmp_path / "dvae" / "pictures" / "epoch-0002.png").exists()
     target = f"dvae:{tmp_path / 'dvae' / 'tokenizer.pt'}"
     model = build("cae", "--target", target)
@@ -388,10 +392,9 @@ def test_a_run_makes_a_tokenizer_that_cae_learns_from(folder, tmp_path, capsys):
     saved = torch.load(tmp_path / "dvae" / "checkpoint.pt", weights_only=True)
     other = dvae()
     other.load_state_dict(saved["model"])
-    images = torch.rand(2, 3, 32, 32)  # patches of 4: the tokenizer sees twice their size
-    small = torch.nn.functional.interpolate(images, (32, 32))
-    assert torch.equal(build("cae", "--target", target).goal(data.normalize((small[:, :, ::2, ::2] * 255).byte())).view(2, 4, 4),
-                       other.ids(torch.nn.functional.interpolate((small[:, :, ::2, ::2] * 255).byte() / 255, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)))
+    pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    twice = F.interpolate(pixels / 255, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)  # patches of 4: the tokenizer sees 8
+    assert torch.equal(model.goal(data.normalize(pixels)), other.ids(twice).flatten(1))
     loss, metrics = model(IMAGES)
     assert metrics.keys() == {"tokens", "align"} and metrics["tokens"] < 3 * math.log(6)
     run("--method", "cae", "--data", folder, "--out", tmp_path / "cae", "--epochs", 1, "--target", target)
@@ -467,7 +470,7 @@ def test_openais_pickled_encoder_gives_its_ids_without_being_unpickled(tmp_path,
     theirs, images = pickled_dalle(monkeypatch), torch.rand(2, 3, 32, 32)
     expected = theirs(0.8 * images + 0.1)
     torch.save(theirs, tmp_path / "encoder.pkl")
-    torch.save({name: value for name, value in theirs.state_dict().items()}, tmp_path / "state.pt")
+    torch.save(theirs.state_dict(), tmp_path / "state.pt")
     torch.save(theirs, tmp_path / "old.pkl", _use_new_zipfile_serialization=False)
     for name in ("dall_e", "dall_e.encoder", "dall_e.utils"):
         monkeypatch.delitem(sys.modules, name)
