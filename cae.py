@@ -80,7 +80,7 @@ def block_mask(batch, grid, count, tries=400):
     that share of L) and R, and a log-uniform aspect ratio from .3 to 1 / .3; it is taken if it is smaller than the grid on both sides
     and hides at least one and at most R more. A mask that is not full after `tries` boxes is filled at random (ours: theirs goes on).
 
-    Drawn on the CPU (about .1 ms an image), while a card is still busy with the step before.
+    Drawn on the CPU (.1 to .2 ms an image), while a card is still busy with the step before.
     """
     H, W = grid  # in patches
     smallest = max(1, round(16 / 196 * H * W))
@@ -214,6 +214,8 @@ def check_args(args, patches, regressor_depth):
         raise UserError(f"--mask-ratio {args.mask_ratio}: of {patches} patches at least 1 must stay visible and at least 1 be hidden")
     if not 0 <= args.align_weight < math.inf:
         raise UserError(f"--align-weight {args.align_weight}: must be at least 0")
+    if not 0 < args.layer_scale < math.inf:
+        raise UserError(f"--layer-scale {args.layer_scale}: must be above 0")
     if not 0 <= args.drop_path < 1:
         raise UserError(f"--drop-path {args.drop_path}: must be at least 0 and below 1")
     if regressor_depth < 1:
@@ -236,7 +238,7 @@ class CAE(nn.Module):
         add("--norm-pix", action=argparse.BooleanOptionalAction, default=True, help="rgb: each patch normalised, as in MAE (ours: the paper does not say)")
         add("--align-weight", type=float, default=2.0, help="lambda of Eq. 1 (Sec. 3.2); 0: no alignment (Table 2)")
         add("--regressor-depth", type=int, help="blocks of the regressor [as --decoder-depth; Sec. 5.1, Table 6: 4]. --decoder-depth 0: a linear layer (Table 2)")
-        add("--vocabulary", type=int, help=argparse.SUPPRESS)  # for callers that give ids themselves; a tokenizer's file says its own
+        add("--vocabulary", type=int, help="for callers of forward(images, mask, ids) alone, without a tokenizer; its file says its own")
         add("--layer-scale", type=float, default=0.1, help="initial factor of every residual branch (CAE's code; L: 1e-5)")
         add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block of each part, rising linearly from 0 (Appendix A)")
         add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
@@ -288,12 +290,16 @@ class CAE(nn.Module):
         """Every tensor of Fig. 1. images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None to draw one.
 
         Returns visible (B, 1+V, D), Z_v after F's last LayerNorm, CLS first; predicted (B, U, D'), Z_m; pixels (B, U, P) or logits (B, U,
-        vocabulary), Y_m; mask (B, L) and hidden_ids (B, U), where it is True; and unless lambda is 0 target (B, U, D'), Z_m with a bar.
+        vocabulary), Y_m; mask (B, L) and hidden_ids (B, U), where it is True; and target (B, U, D'), Z_m with a bar, but in training only if lambda > 0.
         (What the paper calls targets, Y_m with a bar, is `goal`.)
         """
         encoder = self.encoder
+        if list(images.shape[-2:]) != encoder.config["image_size"]:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels for a model of {encoder.config['image_size']}")
         if mask is None:
             mask = block_mask(len(images), encoder.grid, self.num_hidden)  # on the CPU, and so are the ids, until the next line but one
+        elif mask.dtype != torch.bool or mask.shape != (len(images), encoder.num_patches) or not 0 < mask[0].sum() < encoder.num_patches:
+            raise ValueError(f"mask must be bool, {len(images), encoder.num_patches}, with visible and hidden patches; it is {mask.dtype}, {tuple(mask.shape)}")
         seen, hidden_ids = visible_ids(mask), visible_ids(~mask)  # (B, V), (B, U), in raster order
         mask, seen, hidden_ids = (x.to(images.device, non_blocking=True) for x in (mask, seen, hidden_ids))
         x = encoder.embed(images)  # (B, L, D)
@@ -304,7 +310,7 @@ class CAE(nn.Module):
         predicted = self.regressor(self.project(visible[:, 1:]), take(pos, seen), pos_hidden)  # H: P(Z_m | Z_v, P_v, P_m), (B, U, D')
         decoded = self.decoder(predicted, pos_hidden)  # G: P(Y_m | Z_m, P_m)
         out = {"visible": visible, "predicted": predicted, self.output: decoded, "mask": mask, "hidden_ids": hidden_ids}
-        if self.align_weight:
+        if self.align_weight or not self.training:
             with torch.no_grad():
                 out["target"] = self.project(encoder.encode(take(x, hidden_ids))[:, 1:])  # the same weights, on the hidden patches alone
         return out
@@ -340,7 +346,7 @@ class CAE(nn.Module):
 
     @torch.no_grad()
     def visualize(self, images):
-        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {"skipped": l_y with H skipped, of the hidden patches}.
+        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {"through_H": l_y, "skipped": l_y of the same patches with H skipped}.
 
         The panels: image, visible patches (Fig. 2), and for pixels the reconstruction and that of Fig. 3, of all patches with H
         skipped. With norm_pix they borrow each patch's true mean and standard deviation: their colours are not predicted.
@@ -349,7 +355,8 @@ class CAE(nn.Module):
         out, patches = self.predict(images), patchify(images, p)  # (B, L, P)
         hidden = out["mask"].unsqueeze(-1)  # (B, L, 1)
         skipped, panels, ids = self.skip_regressor(images), [patches, patches.masked_fill(hidden, 0)], out["hidden_ids"]
-        numbers = {"skipped": decoding_loss(hidden_of(skipped, ids), hidden_of(self.goal(images), ids)).item()}
+        goal = hidden_of(self.goal(images), ids)
+        numbers = {"through_H": decoding_loss(out[self.output], goal).item(), "skipped": decoding_loss(hidden_of(skipped, ids), goal).item()}
         if not self.vocabulary:
             decoded = torch.zeros_like(patches).masked_scatter(hidden, out["pixels"].float())
             decoded, skipped = (undo_norm_pix(x.float(), patches) if self.norm_pix else x.float() for x in (decoded, skipped))
@@ -408,7 +415,7 @@ class DVAE(nn.Module):
         K, E = args.vocabulary, args.channels
         if K < 2 or E < 1 or args.residual_blocks < 0:
             raise UserError(f"--vocabulary {K} (at least 2), --channels {E} (at least 1) or --residual-blocks {args.residual_blocks} (at least 0) is too small")
-        if min(args.temperature) <= 0 or not 0 <= args.kl_weight < math.inf or not (0 < args.anneal <= 1 and 0 < args.kl_warmup <= 1):
+        if not all(0 < t < math.inf for t in args.temperature) or not 0 <= args.kl_weight < math.inf or not (0 < args.anneal <= 1 and 0 < args.kl_warmup <= 1):
             raise UserError("--temperature must be above 0, --kl-weight at least 0, --anneal and --kl-warmup above 0 and at most 1")
         if any(side % 8 for side in args.image_size):
             raise UserError(f"--image-size {' '.join(map(str, args.image_size))}: the tokenizer needs multiples of 8 pixels")
@@ -521,6 +528,8 @@ def open_tokenizer(target):
     if kind not in ("dvae", "dalle") or not path:
         raise UserError(f"--target {target}: neither rgb nor dvae:FILE nor dalle:FILE")
     state = load_file(path, PICKLED if kind == "dalle" else ())
+    if kind == "dvae" and not (isinstance(state, dict) and state.get("method") == "dvae"):
+        raise UserError(f"--target {target}: not a tokenizer.pt of --method dvae")
     try:
         if kind == "dvae":
             training = dict(temperature=[1, 1], anneal=1, kl_weight=0, kl_warmup=1, image_size=[8, 8])  # any values that pass: the shape is in config
@@ -546,7 +555,7 @@ def from_official(state_dict):
     The copy of the encoder that makes their targets is left out. Values are passed through or put together (a bias of q, k, v from
     theirs of q and v), so that a dict of gradients maps the same way. train.py's --init takes such a file whole, finetune.py its encoder.
     """
-    state = state_dict.get("model", state_dict)
+    state = next((state_dict[key] for key in ("model", "module", "state_dict") if isinstance(state_dict.get(key), dict)), state_dict)
     state = {name.removeprefix("module."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith(("alignment_encoder.", "teacher."))}
     state = rename(state, [  # parts

@@ -133,14 +133,14 @@ def add_finetune_args(parser):
 # --------------------------------------------------------------------------------------------------------------------
 def from_cae(weights):
     """A CAE encoder's names, its prefix `encoder.` stripped, -> ours; the regressor's position table would take the encoder's place."""
-    return cae.from_official({name: value for name, value in weights.items() if name != "rd_pos_embed"})
+    return cae.from_official({name: value for name, value in weights.items() if not name.endswith("rd_pos_embed")})
 
 
 # Published layouts: how to know one by its names; where the weights lie in a file (or they are the file); what turns its names into those
 # of our ViT; the feature that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
 Layout = namedtuple("Layout", "name sign inside convert feature heads")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module"), from_cae, "cls", {**HEADS, 384: 12}),
+LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module", "state_dict"), from_cae, "cls", {**HEADS, 384: 12}),
            Layout("DINO", "", ("teacher", "student"), dict, "cls", HEADS),
            Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS))
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")

@@ -209,6 +209,8 @@ def load_weights(model, path):
     state = load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"--init {path}: holds no weights by name")
+    if not hasattr(model, "encoder"):
+        raise UserError(f"--init {path}: is for methods that train an encoder")
     if "state_dict" in state:  # encoder.pt
         weights, shape = {"encoder." + name: value for name, value in state["state_dict"].items()}, state.get("config", {})
     elif "global_batch" in state:  # checkpoint.pt

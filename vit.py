@@ -423,7 +423,7 @@ def load_file(path, allowed=()):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give a file in it, such as {path}/encoder.pt") from None
+        raise UserError(f"{path}: is a folder; give a file in it") from None
     except pickle.UnpicklingError as error:
         if "persistent_load" in str(error):
             raise UserError(f"{path}: a whole module as torch before 1.6 wrote it, which only free unpickling opens. If you trust it, convert it once, where nothing is "
@@ -450,12 +450,12 @@ def rename(state_dict, pairs):
 def fill(model, weights, shape, source):
     """Load weights by name into a model that has an `encoder` -> "the whole model" or "the encoder".
 
-    If they name every tensor of the model, all are loaded, otherwise the encoder's alone. Each of those must be there and fit: else a
+    If they have every tensor of the model, all are loaded, otherwise the encoder's alone. Each of those must be there and fit: else a
     UserError that begins with `source`. shape: what the file says of its encoder (width, heads, image_size ...), or {}. Position tables
     are resized to the model's grid.
     """
     own, config = model.state_dict(), model.encoder.config
-    whole = own.keys() <= weights.keys()
+    whole = all(name in weights and (weights[name].shape == value.shape or name.startswith("encoder.") or name.endswith("pos_embed")) for name, value in own.items())
     names = [name for name in own if whole or name.startswith("encoder.")]
     wrong = [f"{key} {shape[key]} (here {config[key]})" for key in ("width", "depth", "heads", "patch_size")
              if shape.get(key, config[key]) != config[key]]

@@ -153,6 +153,7 @@ def test_random_weights_against_a_slow_version(decoder_width, tmp_path):
     fresh = build("cae", *flags)
     assert train.load_weights(fresh, tmp_path / "official.pth") == "the whole model"  # --init
     assert torch.equal(fresh.predict(IMAGES, mask)["predicted"], out["predicted"])
+    assert train.load_weights(build("cae", *flags[:-2]), tmp_path / "official.pth") == "the encoder"  # pixels: another head
     old, new = cae.from_official(official(32, decoder_width, old=True)), cae.from_official(weights)  # the first release's names
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in new)
 
@@ -273,6 +274,12 @@ def test_the_skipped_regressor_is_encoder_then_decoder(model):
     assert_close(model.skip_regressor(IMAGES), model.decoder(model.project(z), model.pos_embed[:, 1:].expand(4, -1, -1)))
     pictures, numbers = model.visualize(IMAGES)
     assert pictures.shape == (4, len(model.panels), 3, 16, 16) and numbers["skipped"] > 0
+    out = model.predict(IMAGES)
+    goal = cae.hidden_of(model.goal(IMAGES), out["hidden_ids"])
+    model.predict = lambda images, mask=None: out
+    numbers = model.visualize(IMAGES)[1]
+    assert numbers["through_H"] == pytest.approx(cae.decoding_loss(out["pixels"], goal).item())
+    assert numbers["skipped"] == pytest.approx(cae.decoding_loss(cae.hidden_of(model.skip_regressor(IMAGES), out["hidden_ids"]), goal).item())
     shown, visible, rebuilt = pictures[:, 0], pictures[:, 1], pictures[:, 2]
     same = (vit.patchify(shown, 4) - vit.patchify(rebuilt, 4)).abs().amax(-1) < 1e-5
     dark = (vit.patchify(visible, 4) - vit.patchify(data.denormalize(torch.zeros(1, 3, 16, 16)), 4)).abs().amax(-1) < 1e-5
@@ -493,17 +500,26 @@ def test_mistakes_get_one_line(folder, tmp_path, capsys):
         (("--target", f"dalle:{tmp_path}/hostile.pkl"), "not opened"), (("--target", f"dvae:{tmp_path}/nine.pt"), "not a tokenizer"), (("--target", "vqgan"), "neither rgb nor"),
         (("--target", f"dalle:{tmp_path}/tokenizer.pt"), "not a tokenizer"), (("--target", f"dvae:{tmp_path}/tokenizer.pt", "--vocabulary", 6), "only without a tokenizer"),
         (("--mask-ratio", 0), "at least 1 be hidden"), (("--mask-ratio", 1), "must stay visible"), (("--mask-ratio", "nan"), "must stay"),
-        (("--decoder-depth", 0), "--regressor-depth must be"), (("--regressor-depth", 0), "--regressor-depth must be"), (("--drop-path", 1), "below 1"), (("--align-weight", -1), "at least 0"),
+        (("--decoder-depth", 0), "--regressor-depth must be"), (("--regressor-depth", 0), "--regressor-depth must be"), (("--drop-path", 1), "below 1"), (("--layer-scale", 0), "above 0"), (("--align-weight", -1), "at least 0"),
         (("--decoder-heads", 3), "multiple of"), (("--clip-grad", 0), "out of range"),
     ):
         run("--method", "cae", "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)
     run("--method", "cae", "--data", folder, "--out", tmp_path / "run", "--vocabulary", 64, code=2)
     assert "nothing gives ids" in capsys.readouterr().err.splitlines()[-1]  # the bar has started
-    for flags, words in ((("--image-size", 20), "multiples of 8"), (("--vocabulary", 1), "too small"), (("--temperature", 1, 0), "above 0"), (("--patch-size", 4), "unrecognized")):
+    for flags, words in ((("--image-size", 20), "multiples of 8"), (("--vocabulary", 1), "too small"), (("--temperature", 1, 0), "above 0"), (("--temperature", "nan", 1), "above 0"), (("--patch-size", 4), "unrecognized")):
         run("--out", tmp_path / "run", *flags, code=2, defaults=TOKENS)
         one_line(capsys, words)
     run("--method", "mae", "--data", folder, "--out", tmp_path / "run", "--decoder-depth", 0, code=2)
     one_line(capsys, "at least 1 block")
     with pytest.raises(ValueError, match="same number of patches"):
         build("cae").predict(IMAGES, torch.rand(4, 16) > torch.linspace(0.1, 0.9, 4).unsqueeze(1))
+    half = cae.block_mask(4, (4, 4), 8)
+    for mask in (half.long(), half[:, :12], half[:1], torch.ones_like(half), torch.zeros_like(half)):
+        with pytest.raises(ValueError, match="mask must be bool"):
+            build("cae").predict(IMAGES, mask)
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    run("--method", "cae", "--data", folder, "--out", tmp_path / "run", "--target", f"dvae:{tmp_path / 'tensor.pt'}", code=2)
+    one_line(capsys, "not a tokenizer.pt")
+    run("--data", folder, "--out", tmp_path / "run", "--init", tmp_path / "tokenizer.pt", code=2, defaults=TOKENS)
+    one_line(capsys, "methods that train an encoder")
