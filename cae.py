@@ -243,6 +243,7 @@ class CAE(nn.Module):
         add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block of each part, rising linearly from 0 (Appendix A)")
         add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
         parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
+        parser.set_defaults(epochs=2)  # ours: a laptop's two minutes
 
     def __init__(self, args):
         super().__init__()

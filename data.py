@@ -452,7 +452,7 @@ def some_images(dataset, image_size, count):
 # Pictures
 # --------------------------------------------------------------------------------------------------------------------
 NOT_CHARTED = {"step", "epoch", "lr", "images_per_s", "data_wait", "memory_mb"}
-LEVELS = {"homocon_floor": "homocon", "object_area": "object_attention"}  # drawn in the chart of the other, to compare with
+LEVELS = {"homocon_floor": "homocon", "object_area": "object_attention", "through_H": "skipped"}  # drawn in the chart of the other, to compare with
 
 
 def heat_map(maps, images):
@@ -487,18 +487,13 @@ def picture_sheet(panels, titles):
 
 
 def patch_scatter(features, regions, title):
-    """Patch features (B, L, D) on their first two principal components, coloured by what the patch shows -> a PIL image. (CAE Fig. 6
-    uses t-SNE, which needs a further package.)
-
-    regions (B, H, W), as `some_images` gives them: a patch counts for the region that more than half of its pixels belong to (Appendix B),
-    grey is background.
-    """
-    B, L, _ = features.shape
-    h = round((L * regions.shape[1] / regions.shape[2]) ** 0.5)
+    """Patch features (B, h, w, D) on their first two principal components (CAE Fig. 6 uses t-SNE, which needs a further package), coloured
+    by what the patch shows: by `regions` (B, H, W), as `some_images` gives them, the one that more than half of its pixels belong to
+    (Appendix B); grey is background -> a PIL image."""
     count = int(regions.max()) + 1
     shares = torch.nn.functional.one_hot(regions, count).permute(0, 3, 1, 2).float()  # (B, count, H, W)
-    share, label = torch.nn.functional.adaptive_avg_pool2d(shares, (h, L // h)).flatten(2).max(dim=1)  # (B, L)
-    x = features.flatten(0, 1).double()
+    share, label = torch.nn.functional.adaptive_avg_pool2d(shares, features.shape[1:3]).max(dim=1)  # (B, h, w)
+    x = features.flatten(0, 2).double()
     x = x - x.mean(dim=0)
     variance, directions = torch.linalg.eigh(x.T @ x)  # ascending
     points = x @ directions[:, -2:].flip(1)

@@ -412,7 +412,7 @@ def draw_patches(run, name, images, regions):
     for i, (encoder, title) in enumerate(((trained, "trained, PCA"), (ViT(**trained.config), "random weights, PCA"))):
         encoder.to(run.device).eval()
         features = torch.cat([encoder.features(normalize(batch.to(run.device)))["patches"].cpu() for batch in images.split(run.args.batch_size)])
-        sheet.paste(patch_scatter(features, regions, title), (340 * i, 0))
+        sheet.paste(patch_scatter(features.unflatten(1, encoder.grid), regions, title), (340 * i, 0))
     run.folder.picture(name, sheet)
 
 

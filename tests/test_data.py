@@ -291,8 +291,8 @@ def test_the_outline_holds_half_of_the_mass():
 
 
 def test_patches_are_drawn_where_pca_puts_them():
-    features = torch.zeros(1, 4, 3)
-    features[0, :, 1] = torch.tensor([0.0, 1.0, 2.0, 3.0])  # one direction holds all the variance
+    features = torch.zeros(1, 2, 2, 3)
+    features[..., 1] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # one direction holds all the variance
     regions = torch.zeros(1, 8, 8, dtype=torch.long)
     regions[0, :4, :4] = 1  # the first patch, and half of none
     chart = np.asarray(data.patch_scatter(features, regions, "title"))
