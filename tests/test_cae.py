@@ -249,7 +249,8 @@ def test_eq_1_against_loops(model):
     loss, metrics = model(IMAGES, out["mask"])
     assert_close(metrics["recon"], sum(pixels) / len(pixels), atol=1e-5, rtol=1e-5)
     assert_close(metrics["align"], sum(align) / len(align), atol=1e-5, rtol=1e-5)
-    assert_close(loss, metrics["recon"] + 2 * metrics["align"])
+    assert_close(loss, metrics["recon"] + 0.2 * metrics["align"])
+    assert build("cae", "--vocabulary", 5).align_weight == 2 and build("cae", "--vocabulary", 5, "--align-weight", 0).align_weight == 0
     logits, ids = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
     expected = -sum(logits[b, u].softmax(-1)[ids[b, u]].log() for b in range(2) for u in range(3)) / 6
     assert_close(cae.decoding_loss(logits, ids), expected)
@@ -314,7 +315,7 @@ def test_sizes_are_the_papers():
         found[size] = (args.width, args.depth, args.heads, args.decoder_width, args.decoder_depth, args.decoder_heads)
     assert found == {"small": (384, 12, 12, 768, 4, 12), "base": (768, 12, 12, 768, 4, 12), "large": (1024, 24, 16, 1024, 4, 16)}
     args = train.parse_args(["--method", "cae"])
-    assert (args.beta2, args.clip_grad, args.min_lr, args.crop_scale, args.mask_ratio, args.align_weight) == (0.999, 3.0, 1e-5, [0.08, 1.0], 0.5, 2.0)
+    assert (args.beta2, args.clip_grad, args.min_lr, args.crop_scale, args.mask_ratio) == (0.999, 3.0, 1e-5, [0.08, 1.0], 0.5)
 
 
 def test_gradients_are_clipped_to_the_asked_norm(folder, tmp_path, monkeypatch):
