@@ -1,7 +1,9 @@
 """CAE against reference numbers of the authors' code and against slow versions; its masks, losses and tokenizers."""
 import math
+import os
 import re
 import shlex
+import signal
 import sys
 import types
 from functools import partial
@@ -19,7 +21,7 @@ import finetune
 import train
 import vit
 from conftest import ROOT, build, randomize, run
-from test_train import Hostile, one_line
+from test_train import Hostile, interrupt_at, one_line, rows, same_weights, without_clock
 from vit import UserError
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "cae_tiny.pt", weights_only=True)
@@ -328,6 +330,19 @@ def test_gradients_are_clipped_to_the_asked_norm(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     run("--method", "cae", "--data", folder, "--out", tmp_path, "--epochs", 1, "--clip-grad", 0.01)
     assert norms and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+
+
+@pytest.mark.parametrize("method", ["cae", "dvae"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(method, folder, tmp_path, monkeypatch):
+    flags = ["--data", folder, "--epochs", 2, "--log-every", 3] + (["--method", "cae"] if method == "cae" else [])
+    start = partial(run, *flags, **({} if method == "cae" else {"defaults": TOKENS}))
+    start("--out", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        start("--out", tmp_path / "stopped", code=128 + signal.SIGTERM)
+    start("--out", tmp_path / "stopped", "--workers", 2)  # masks, drop path, Gumbel noise and schedules go on where they were
+    assert same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert without_clock(rows(tmp_path / "stopped")) == without_clock(rows(tmp_path / "whole"))
 
 
 def ablations():
