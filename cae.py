@@ -36,8 +36,8 @@ Where the paper is silent, the authors' code (https://github.com/Atten4Vis/CAE) 
     - Keys have a bias in F and G (ours, for timm's names; theirs have none: under softmax it changes nothing).
     - The tokenizer sees the same crop, resized to 8 pixels a patch. (Theirs: the same box, resized from the original by Lanczos.)
 And where both are silent, it is ours:
-    - Pixels as targets (Fig. 3, Table 9): each patch normalised as in MAE, and lambda = .2, because the paper's 2 was tuned beside a
-      cross-entropy, which is some ten times as large. Both were chosen by probes on CIFAR-10 (README.md, Results).
+    - Pixels as targets (Fig. 3, Table 9): each patch normalised as in MAE (plain pixels probe alike), and lambda = .2, which probes better
+      than the paper's 2: that was tuned beside a cross-entropy, some ten times as large (CIFAR-10, README.md, Results).
     - No decoder (Table 2): a linear layer on Z_m, without positions. Position tables of new runs are in MAE's order; theirs are row-first.
     - The discrete VAE that the paper trains on ImageNet is not released. `DVAE` has the encoder that their code loads, and a decoder that
       mirrors it. From DALL-E (Ramesh et al., arXiv 2102.12092): Gumbel-softmax, its temperatures, cosine schedules. Ours: squared error,

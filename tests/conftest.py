@@ -47,6 +47,14 @@ def randomize(model):
     return model
 
 
+def assert_gradients(model, grads, tolerance):
+    """Every trained parameter has the given gradient {name: tensor}, and no other is given."""
+    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, grads[name], atol=tolerance, rtol=0)
+
+
 def run(*flags, code=0, main=train.main, defaults=TINY):
     """train.main, or another program's, in-process with tiny sizes; asserts the exit code."""
     try:

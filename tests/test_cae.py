@@ -20,7 +20,7 @@ import data
 import finetune
 import train
 import vit
-from conftest import ROOT, build, randomize, run
+from conftest import ROOT, assert_gradients, build, randomize, run
 from test_train import Hostile, interrupt_at, one_line, rows, same_weights, without_clock
 from vit import UserError
 
@@ -41,11 +41,7 @@ def test_forward_losses_and_gradients_are_the_authors():
     assert_close(loss.item(), extra["loss_total"], atol=1e-5, rtol=0)
     assert_close([metrics["tokens"].item(), 2 * metrics["align"].item()], [extra["loss_main"], extra["loss_align_weighted"]], atol=1e-5, rtol=0)
     loss.backward()
-    grads = cae.from_official(extra["grads"])
-    assert grads.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert_close(p.grad, grads[name], atol=1e-5, rtol=0)
+    assert_gradients(model, cae.from_official(extra["grads"]), 1e-5)
 
 
 def official(width, decoder_width, depth=2, blocks=2, vocabulary=7, old=False):
