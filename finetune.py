@@ -31,7 +31,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 import xml.etree.ElementTree
 from collections import namedtuple
@@ -47,12 +46,14 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import cae
+import mrmae
 from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint, resume,
                    run_program, work)
 from train import parse_args as train_args
-from vit import UserError, ViT, add_size_args, build_encoder, init_weights, load_file, resize_positions, unpack_encoder
+from vit import (UserError, ViT, add_size_args, build_encoder, init_weights, load_file, pack_encoder, read_shape, resize_positions, say, strip_prefixes,
+                 unpack_encoder)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -136,32 +137,25 @@ def from_cae(weights):
     return cae.from_official({name: value for name, value in weights.items() if not name.endswith("rd_pos_embed")})
 
 
+def from_mcmae(weights):
+    """An MCMAE encoder's names -> ours; what else its file holds keeps the prefixes by which it is left aside."""
+    return strip_prefixes(mrmae.from_official_mcmae(weights))
+
+
 # Published layouts: how to know one by its names; where the weights lie in a file (or they are the file); what turns its names into those
 # of our ViT; the feature that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
 Layout = namedtuple("Layout", "name sign inside convert feature heads")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module", "state_dict"), from_cae, "cls", {**HEADS, 384: 12}),
+           Layout("MCMAE", "blocks3.0.norm1.weight", ("model",), from_mcmae, "mean", HEADS),
            Layout("DINO", "", ("teacher", "student"), dict, "cls", HEADS),
            Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS))
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
-LEFT_ASIDE = ("head", "fc_norm", "pre_logits", "decoder", "mask_token", "regressor", "project", "lm_head")  # what is no part of an encoder
+LEFT_ASIDE = ("head", "fc_norm", "pre_logits", "decoder", "mask_token", "regressor", "project", "lm_head", "stage_fusion")  # what is no part of an encoder
 
 
 def changed(args, **values):
     """A copy of args with other values."""
     return argparse.Namespace(**{**vars(args), **values})
-
-
-def say(line):
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
-def strip_prefixes(weights):
-    """Names without what wrappers put before them, as often as it is there."""
-    while (prefix := next((p for p in PREFIXES if weights and any(name.startswith(p) for name in weights)), None)) is not None:
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
 
 
 def read_published(state, path, heads):
@@ -175,21 +169,16 @@ def read_published(state, path, heads):
             break
     weights = layout.convert(weights)
     try:
-        width, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-        mlp_ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / width
-        if min(width, patch_size, side) < 1 or channels != 3:
+        shape = read_shape(weights)
+        width = shape["width"]
+        if shape["channels"] != 3:
             raise ValueError
     except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
         raise UserError(f"{path}: no Vision Transformer for colour images in it (looked for patch_embed.proj.weight, pos_embed and "
                         f"blocks.0.mlp.fc1.weight)") from None
     if heads is None and width not in layout.heads:
         raise UserError(f"{path}: its file does not say how many heads a ViT of width {width} has; give --heads")
-    layer_scale = 1.0 if "blocks.0.ls1.gamma" in weights else None
-    shape = dict(image_size=[side * patch_size] * 2, patch_size=patch_size, width=width, depth=depth, heads=heads or layout.heads[width],
-                 channels=channels, mlp_ratio=mlp_ratio, layer_scale=layer_scale)
-    return weights, shape, layout.feature, layout.name
+    return weights, {**shape, "heads": heads or layout.heads[width]}, layout.feature, layout.name
 
 
 def match(weights, shape, path, layout):
@@ -220,11 +209,7 @@ def open_encoder(args):
     if len(given.get("image_size", ())) > 2:
         raise UserError(f"--image-size takes one number or two (H W), not {len(given['image_size'])}")
     if {"config", "state_dict"} <= state.keys():
-        try:
-            _, info = unpack_encoder(state)
-            info = {key: info[key] for key in ("method", "feature", "mean", "std")}
-        except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a whole encoder.pt ({' '.join(str(error).split())[:150]})") from None
+        info = unpack_encoder(state, path)[1]
         weights, shape = state["state_dict"], {key: value for key, value in state["config"].items() if key != "kind"}
     else:
         weights, shape, info["feature"], layout = read_published(state, path, args.heads)
@@ -479,6 +464,8 @@ class Classifier(nn.Module):
         self.encoder, self.protocol, self.multi_label = encoder, args.protocol, multi_label
         self.frozen = args.protocol != "finetune"
         self.feature = "patches" if args.protocol == "attentive" else args.feature or (info["feature"] if self.frozen else "mean")
+        if self.feature == "cls" and not encoder.first:
+            raise UserError("--feature cls: this encoder has no class token; use mean")
         D = encoder.width
         if self.frozen:
             encoder.requires_grad_(False)
@@ -489,7 +476,8 @@ class Classifier(nn.Module):
             self.head = AttentiveHead(D, heads, classes) if args.protocol == "attentive" else nn.Sequential(batch_norm, linear_head(D, classes))
             return
         encoder.pos_embed.requires_grad_(True)  # MAE's code: trained, after it was resized
-        for block, rate in zip(encoder.blocks, torch.linspace(0, args.drop_path, len(encoder.blocks)).tolist()):
+        blocks = encoder.all_blocks()
+        for block, rate in zip(blocks, torch.linspace(0, args.drop_path, len(blocks)).tolist()):
             block.drop_path = rate
         self.fc_norm = nn.Identity()
         if self.feature == "mean":  # the mean of raw patch tokens, then a LayerNorm of its own, in place of the encoder's
@@ -507,10 +495,11 @@ class Classifier(nn.Module):
     def features(self, images):
         """Normalised images (B, 3, H, W) -> (B, D), for the attentive protocol (B, L, D)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D)
+            tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D), without a class token (B, L, D)
         if self.feature == "cls":
             return tokens[:, 0]
-        return tokens[:, 1:].mean(dim=1) if self.feature == "mean" else tokens[:, 1:]
+        patches = tokens[:, self.encoder.first :]
+        return patches.mean(dim=1) if self.feature == "mean" else patches
 
     def logits(self, inputs):
         features = self.features(inputs) if inputs.ndim == 4 else inputs
@@ -763,6 +752,13 @@ class Task:
         return {"model": self.model.state_dict(), "config": self.model.encoder.config, "info": {**self.info, "feature": self.model.feature},
                 "args": vars(self.args), "classes": list(self.classes), "metric": self.metric}
 
+    def export(self):
+        """encoder.pt of a fine-tuned encoder, to probe or to mimic (MR-MAE). The LayerNorm of mean features stands for its final norm."""
+        model, info, state_dict = self.model, self.info, self.model.encoder.state_dict()
+        if model.feature == "mean":
+            state_dict |= {f"norm.{name}": value for name, value in model.fc_norm.state_dict().items()}
+        return pack_encoder(model.encoder, f"{info['method']}-finetune", model.feature, info["mean"], info["std"], state_dict)
+
 
 def run_set(args, argv, name, device):
     """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
@@ -799,6 +795,8 @@ def run_set(args, argv, name, device):
     if folder:
         results[f"best_{metric}"] = max([row[metric] for row in read_log(args.out) if metric in row], default=results[metric])
         write_results(folder, results, scores, task.labels, task.classes)
+        if args.protocol == "finetune":
+            folder.write("encoder.pt", lambda file: torch.save(task.export(), file))
         if args.protocol == "attentive":
             show_attention(folder, test_set, task)
         done = "" if run.batches.start < run.batches.steps else "finished already, "

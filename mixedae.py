@@ -245,10 +245,9 @@ class MixedAE(nn.Module):
         tokens = encoder.embed(image)  # (G, L, D)
         if self.segments is not None:
             tokens = tokens + self.segments[sources]  # segment embedding (Sec. 3.2, Fig. 3b), (G, L, D)
-        depth = len(encoder.blocks)
-        taps = {depth: None}  # `encode` puts the last block's output here, before the final LayerNorm
-        z = encoder.encode(tokens, taps)  # Eq. 6 inside, (G, 1+L, D)
-        out = {"mixed": mixed, "sources": sources.unflatten(0, (-1, n)) if self.mixes > 1 else sources, "z": z, "z_pre_ln": taps[depth]}
+        z_pre_ln = encoder.encode_raw(tokens)  # Eq. 6 inside, (G, 1+L, D)
+        z = encoder.norm(z_pre_ln)
+        out = {"mixed": mixed, "sources": sources.unflatten(0, (-1, n)) if self.mixes > 1 else sources, "z": z, "z_pre_ln": z_pre_ln}
 
         if self.recon_weight:
             out["unmixed"] = unmix(self.decoder.embed(z), sources, n, self.decoder.mask_token)  # Eq. 3, (B, 1+L, Dd)

@@ -41,8 +41,8 @@ from cae import from_official as from_official_cae
 from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, centred, decode, heat_map, loader, normalize,
                   object_awareness, open_sets, outline, patch_scatter, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
-from mrmae import MAE, from_official_mae
-from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_file, resolve_sizes, unpack_encoder
+from mrmae import MAE, MRMAE, from_published
+from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_encoder, load_file, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
@@ -50,10 +50,10 @@ from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_
 # Before each step the loop sets `progress`, the share of the run that is done, for methods with schedules of their own. --recompute sets
 # `recompute` of every module that has it.
 # A new one: write its file, add it here.
-METHODS = {"mae": MAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
+METHODS = {"mae": MAE, "mrmae": MRMAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
 FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "benchmark",
-              "draw", "segment_export", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
+              "draw", "beside", "segment_export", "batch_size", "accumulate"}  # may differ when a run resumes (the last two if B' stays)
 RANGES = {**dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), (1, math.inf)), **dict.fromkeys(("lr", "blr", "clip_grad"), (1e-12, math.inf)),
           **dict.fromkeys(("workers", "val_images", "save_every", "warmup_epochs", "weight_decay", "min_lr"), (0, math.inf)), "beta2": (0, 1), "seed": (0, 2**63)}
 BAD_STEPS = 10  # ours: as many non-finite steps in a row stop the run
@@ -114,10 +114,11 @@ def parse_args(argv=None, base=()):
     add = parser.add_argument_group("pre-training").add_argument
     add("--min-lr", type=float, default=0.0, help="where the cosine ends (MAE's code: 0; CAE's: 1e-5)")
     add("--beta2", type=float, default=0.95, help="AdamW's second beta; the first is .9 (MAE's code; MixedAE Sec. 4.1: as MAE)")
-    add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published file of MAE (for --method cae of CAE)")
+    add("--init", metavar="FILE", help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published file of MAE or MCMAE (for --method cae of CAE)")
     add("--val-images", type=int, default=512, help="images of the val set for val_loss (ours); 0: none")
     add("--benchmark", nargs="*", metavar="OTHER", help="time the step and stop, interleaved with OTHER methods ('mae --norm-pix' in quotes)")
     add("--draw", nargs="+", metavar="IMAGE", help="draw pictures of these images with the run in --out, and stop")
+    add("--beside", nargs="+", metavar="ENCODER", help="with --draw: also where the CLS token of these encoder.pt files looks (MR-MAE Fig. 3)")
     add_data_args(parser)
     has_vit = not hasattr(METHODS[method], "export_file")  # a tokenizer trains none
     add_size_args(parser, encoder=has_vit, decoder=has_vit)
@@ -125,6 +126,8 @@ def parse_args(argv=None, base=()):
 
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
+    if args.beside and not args.draw:
+        parser.error("--beside goes with --draw")
     check_ranges(parser, args)
     resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))
     return args
@@ -205,7 +208,7 @@ def wrap(model, args, device, *example):
 # Starting from a file
 # --------------------------------------------------------------------------------------------------------------------
 def load_weights(model, path):
-    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published file of MAE, for CAE of CAE -> what was filled (see vit.fill)."""
+    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published file of MAE or MCMAE, for CAE of CAE -> what was filled (see vit.fill)."""
     state = load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"--init {path}: holds no weights by name")
@@ -216,7 +219,7 @@ def load_weights(model, path):
     elif "global_batch" in state:  # checkpoint.pt
         weights, shape = state["model"], state["args"]
     else:
-        weights, shape = (from_official_cae if isinstance(model, CAE) else from_official_mae)(state), {}
+        weights, shape = (from_official_cae if isinstance(model, CAE) else from_published)(state), {}
     return fill(model, weights, shape, f"--init {path}")
 
 
@@ -393,16 +396,20 @@ def illustrate(run, images, regions=None):
     regions: what the images show, as `some_images` gives it; then the numbers say how much of that attention falls on the objects.
     """
     panels, numbers = look(run, images[:64])
-    if not hasattr(run.model, "encoder"):
+    if not hasattr(run.model, "encoder") or not run.model.encoder.first:  # no CLS, no attention of it
         return panels.cpu(), run.model.panels, numbers
     encoder = unpack_encoder(run.model.export())[0].to(run.device)
     batches = (images[:64] if regions is None else images).split(run.args.batch_size)  # all for the number, 64 for the pictures
     maps = torch.cat([cls_attention(encoder, normalize(batch.to(run.device))) for batch in batches]).cpu()  # (B, h, w)
     if regions is not None:
         numbers["object_attention"], numbers["object_area"] = object_awareness(maps, regions > 0)
-    shown = images[: len(panels)].cpu() / 255
-    heat = outline(maps[: len(panels)], heat_map(maps[: len(panels)], shown)).unsqueeze(1)  # (B, 1, 3, H, W)
+    heat = attention_panel(maps[: len(panels)], images[: len(panels)])
     return torch.cat([panels.cpu(), heat], dim=1), [*run.model.panels, "attention of CLS,\nblue: half of it"], numbers
+
+
+def attention_panel(maps, images):
+    """Attention maps (B, h, w) over uint8 images (B, 3, H, W), with an outline that holds half of each -> one panel, (B, 1, 3, H, W)."""
+    return outline(maps, heat_map(maps, images.cpu() / 255)).unsqueeze(1)
 
 
 @torch.no_grad()
@@ -622,9 +629,16 @@ def draw(args, argv, device):
             images.append(centred(run_args.image_size)(decode(file)))
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
             raise UserError(f"--draw {file}: cannot be read as an image ({(str(error) or 'it is empty').splitlines()[0]})") from None
-    panels, titles, numbers = illustrate(run, torch.stack(images))
+    images = torch.stack(images)
+    panels, titles, numbers = illustrate(run, images)
     if len(panels) < len(images):
         raise UserError(f"--draw: of {len(images)} images the last {len(images) - len(panels)} make no whole group; give {len(panels)}")
+    for path in args.beside or ():
+        encoder, info = load_encoder(path)
+        if not encoder.first:
+            raise UserError(f"--beside {path}: has no class token, so there is no attention of it")
+        maps = cls_attention(encoder.to(device), normalize(images.to(device), info["mean"], info["std"])).cpu()
+        panels, titles = torch.cat([panels, attention_panel(maps, images)], dim=1), [*titles, f"CLS of\n{info['method']}"]
     if dist.get_rank() == 0:
         path = folder / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
         try:

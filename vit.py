@@ -6,7 +6,7 @@ The encoder has the parameter names and the numerics of timm's and MAE's ViT, so
 weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6), `Attention.topk`, which adds no
 parameter and can be switched off after pre-training.
 
-    images (B, C, H, W) -- PatchEmbed --> (B, L, D) + pos_embed -- keep the visible --> (B, V, D)
+    images (B, C, H, W) -- PatchEmbed or ConvStem --> (B, L, D) + pos_embed -- keep the visible --> (B, V, D)
         -- CLS in front --> (B, N, D) -- blocks --> (B, N, D) -- norm --> tokens (B, N, D)
 
 Letters, used in every file:
@@ -20,14 +20,17 @@ Batch first, tokens last but one, always. A `hidden` mask is True where a patch 
 """
 import argparse
 import math
+import os
 import pickle
 import re
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import stochastic_depth
 
 
@@ -37,6 +40,12 @@ class UserError(ValueError):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+def say(line):
+    """Print a line once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -50,6 +59,10 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
     "large": (1024, 24, 16, 512, 8, 16),  # ViT
     "huge": (1280, 32, 16, 512, 8, 16),  # ViT
 }
+STEM_SIZES = {  # with the convolution stem: widths, depths and MLP ratios of its two stages; depth of the transformer behind them
+    "micro": ([32, 64], [1, 1], [4.0, 4.0], 4),  # ours
+    "base": ([256, 384], [2, 2], [4.0, 4.0], 11),  # MCMAE, the one size that its authors have
+}
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
 
@@ -59,7 +72,7 @@ def add_size_args(parser, encoder=True, decoder=True):
     group.add_argument("--image-size", type=int, nargs="+", default=[64], metavar="PIXELS", help="H, or H W; multiples of the patch")
     if not encoder:
         return
-    group.add_argument("--patch-size", type=int, default=8, help="pixels; the papers use 16 at 224 pixels")
+    group.add_argument("--patch-size", type=int, help="pixels; the papers use 16 at 224 pixels [8; with --stem conv 16]")
     group.add_argument("--size", choices=SIZES, default="micro", help="a named size; the six flags below win over it")
     group.add_argument("--width", type=int, help="D, width of the encoder")
     group.add_argument("--depth", type=int, help="blocks of the encoder")
@@ -78,6 +91,11 @@ def resolve_sizes(args, sizes=SIZES):
     args.image_size = [args.image_size[0], args.image_size[-1]]
     if not hasattr(args, "size"):  # no ViT
         return
+    conv = getattr(args, "stem", "patch") == "conv"
+    if conv:
+        resolve_stem(args)
+    if args.patch_size is None:
+        args.patch_size = 16 if conv else 8
     for flag, value in zip(SIZE_FLAGS, sizes[args.size]):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -85,6 +103,22 @@ def resolve_sizes(args, sizes=SIZES):
         least = 0 if flag == "decoder_depth" else 1
         if getattr(args, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+
+
+def resolve_stem(args):
+    """The sizes of `--stem conv` that were not given, in place."""
+    if args.patch_size not in (None, 16):
+        raise UserError(f"--patch-size {args.patch_size}: with --stem conv it is 16 = 4 x 2 x 2, the strides of its stages; leave the flag out")
+    flags = ("stem_widths", "stem_depths", "stem_mlp_ratios", "depth")
+    missing = [flag for flag in flags if getattr(args, flag) is None]
+    if missing and args.size not in STEM_SIZES:
+        raise UserError(f"--stem conv has no size {args.size} of its own ({', '.join(STEM_SIZES)}): give --{', --'.join(missing).replace('_', '-')} too; README.md has examples")
+    for flag, value in zip(flags, STEM_SIZES.get(args.size, ())):
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    for flag in ("stem_widths", "stem_depths", "stem_mlp_ratios"):
+        if min(getattr(args, flag)) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} {' '.join(map(str, getattr(args, flag)))}: must be above 0")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,14 +186,20 @@ def sincos_positions(dim, grid):
     return F.pad(table, (0, 0, 1, 0)).unsqueeze(0).float()  # (1, 1 + L, dim)
 
 
-def resize_positions(table, old_grid, new_grid):
-    """(1, 1 + h w, D) for old_grid -> (1, 1 + h' w', D) for new_grid: bicubic by explicit size, the CLS row untouched."""
+def resize_tokens(tokens, old_grid, new_grid, **how):
+    """(B, h w, D) on old_grid -> (B, h' w', D) on new_grid, in fp32; how: arguments of F.interpolate [size new_grid, bicubic]."""
+    tokens = rearrange(tokens.float(), "b (h w) d -> b d h w", h=old_grid[0])
+    tokens = F.interpolate(tokens, **{"size": tuple(new_grid), "mode": "bicubic", **how})
+    return rearrange(tokens, "b d h w -> b (h w) d")
+
+
+def resize_positions(table, old_grid, new_grid, **how):
+    """(1, 1 + h w, D) for old_grid -> (1, 1 + h' w', D) for new_grid: bicubic by explicit size; a CLS row, if there is one, untouched."""
     if tuple(old_grid) == tuple(new_grid):
         return table
-    cls, patches = table[:, :1], table[:, 1:]
-    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=old_grid[0])
-    patches = F.interpolate(patches.float(), size=tuple(new_grid), mode="bicubic", align_corners=False)
-    return torch.cat([cls, rearrange(patches, "1 d h w -> 1 (h w) d").to(cls.dtype)], dim=1)
+    first = table.shape[1] - old_grid[0] * old_grid[1]  # 1 with a CLS row, else 0
+    patches = resize_tokens(table[:, first:], old_grid, new_grid, **how)
+    return torch.cat([table[:, :first], patches.to(table.dtype)], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,8 +238,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def split(self, x):
+        """(B, N, D) -> queries, keys, values, (B, H, N, D / H) each."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads).unbind()
+
     def forward(self, x):  # (B, N, D)
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)  # (B, H, N, D / H) each
+        q, k, v = self.split(x)
         if self.topk is None and not self.record:
             x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D / H)
         else:
@@ -222,15 +266,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between them."""
+    """Two linear layers with the exact (erf) GELU between them (`activation`: CLIP has another)."""
 
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.activation = F.gelu
 
     def forward(self, x):  # (B, N, D)
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -299,63 +344,157 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
-class ViT(nn.Module):
-    """A plain Vision Transformer encoder with CLS token and fixed sine-cosine positions.
+class ConvEmbed(nn.Module):
+    """A patch embedding of MCMAE: non-overlapping k x k convolution, LayerNorm over channels, GELU. (B, C, h, w) -> (B, width, h / k, w / k)."""
 
-    image_size: (H, W) in pixels. `config` holds all arguments: `ViT(**config)` builds the same shape again.
+    def __init__(self, channels, width, k):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=k, stride=k)
+        self.norm = LayerNorm2d(width, eps=1e-5)
+
+    def forward(self, x):
+        return F.gelu(self.norm(self.proj(x)))
+
+
+class ConvBlock(nn.Module):
+    """A masked convolution block of MCMAE: a 5 x 5 depthwise convolution between two 1 x 1 ones where a transformer has attention, then an MLP
+    of 1 x 1 convolutions. `recompute` and `drop_path` as in Block."""
+
+    def __init__(self, dim, mlp_ratio):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = LayerNorm2d(dim, eps=1e-5)  # not the transformer's 1e-6
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Conv2d(dim, hidden, 1), gelu=nn.GELU(), fc2=nn.Conv2d(hidden, dim, 1)))
+        self.recompute, self.drop_path = False, 0.0
+
+    def residuals(self, x, keep):
+        y = self.conv1(self.norm1(x))
+        if keep is not None:
+            y = y * keep  # just before the one operation that mixes places, so that no hidden one reaches a visible one
+        x = x + stochastic_depth(self.conv2(self.attn(y)), self.drop_path, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+
+    def forward(self, x, keep=None):
+        """x (B, width, h, w); keep (B, 1, h, w), False where hidden, or None: nothing is -> (B, width, h, w)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.residuals, x, keep, use_reentrant=False)
+        return self.residuals(x, keep)
+
+
+class ConvStem(nn.Module):
+    """The convolution stages of MCMAE (MR-MAE Sec. 3.3), with strides 4, 2 and 2 in place of the patch embedding:
+
+        images (B, C, H, W) -- embed1 (stride 4), blocks1 --> stage 1 (B, w1, H/4, W/4)
+            -- embed2 (stride 2), blocks2 --> stage 2 (B, w2, H/8, W/8) -- embed3 (stride 2), proj --> (B, L, D), L = H/16 W/16
     """
 
-    def __init__(self, image_size, patch_size, width, depth, heads, channels=3, mlp_ratio=4.0, layer_scale=None):
+    def __init__(self, channels, width, widths, depths, mlp_ratios):
+        super().__init__()
+        self.embed1, self.embed2, self.embed3 = ConvEmbed(channels, widths[0], 4), ConvEmbed(widths[0], widths[1], 2), ConvEmbed(widths[1], width, 2)
+        self.blocks1, self.blocks2 = (nn.ModuleList(ConvBlock(w, ratio) for _ in range(depth)) for w, depth, ratio in zip(widths, depths, mlp_ratios))
+        self.proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.embed3.proj.weight.view(width, -1))  # as MCMAE's code; its other convolutions keep PyTorch's default
+        self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
+
+    def forward(self, images, hidden=None, stages=None):
+        """hidden (B, L) bool: patches whose pixels must not reach the others; stages: a list that receives the maps of stages 1 and 2."""
+        x = images
+        for embed, blocks, k in ((self.embed1, self.blocks1, 4), (self.embed2, self.blocks2, 2)):  # k x k places of the stage lie in a patch
+            x, keep = embed(x), None
+            if hidden is not None:
+                keep = repeat(~hidden, "b (h w) -> b 1 (h k1) (w k2)", h=images.shape[-2] // 16, k1=k, k2=k)
+            for block in blocks:
+                x = block(x, keep)
+            if stages is not None:
+                stages.append(x)
+        return self.proj(rearrange(self.embed3(x), "b d h w -> b (h w) d"))
+
+
+class ViT(nn.Module):
+    """A Vision Transformer encoder with fixed sine-cosine positions.
+
+    image_size: (H, W) in pixels; class_token: with a CLS token, or without, as in MCMAE; stem: None (a plain ViT), or the widths, depths and
+    mlp_ratios of ConvStem in a dict. `config` holds all arguments: `ViT(**config)` builds the same shape again.
+    """
+
+    def __init__(self, image_size, patch_size, width, depth, heads, channels=3, mlp_ratio=4.0, layer_scale=None, class_token=True, stem=None):
         super().__init__()
         if any(s < patch_size or s % patch_size for s in image_size):
-            raise UserError(f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size {patch_size}")
+            raise UserError(f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size {patch_size}"
+                            f"{' (the strides 4 x 2 x 2 of the convolution stem)' if stem else ''}")
         self.config = dict(image_size=list(image_size), patch_size=patch_size, width=width, depth=depth, heads=heads,
-                           channels=channels, mlp_ratio=mlp_ratio, layer_scale=layer_scale)
+                           channels=channels, mlp_ratio=mlp_ratio, layer_scale=layer_scale, class_token=class_token, stem=stem)
         self.width, self.patch_size = width, patch_size
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)  # (h, w)
         self.num_patches = self.grid[0] * self.grid[1]  # L
-        self.patch_embed = PatchEmbed(patch_size, channels, width)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid), requires_grad=False)  # (1, 1 + L, D)
+        self.first = int(class_token)  # where the patches begin among the tokens
+        self.patch_embed = ConvStem(channels, width, **stem) if stem else PatchEmbed(patch_size, channels, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02)) if class_token else None
+        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid)[:, 1 - self.first :], requires_grad=False)  # (1, 1 + L, D); without CLS (1, L, D)
+        self.resize = resize_positions  # for another image size; DINO has a rule of its own
+        self.norm_pre = nn.Identity()  # CLIP has one
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
 
-    def embed(self, images):
-        """(B, C, H, W) -> patch tokens with positions (B, L, D). Another image size than the built one resizes the table."""
-        x = self.patch_embed(images)  # (B, L, D)
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        return x + resize_positions(self.pos_embed, self.grid, grid)[:, 1:]
+    def all_blocks(self):
+        """Every block in the order of the forward pass, those of the stem too."""
+        stem = [*self.patch_embed.blocks1, *self.patch_embed.blocks2] if self.config["stem"] else []
+        return [*stem, *self.blocks]
 
-    def encode(self, x, taps=None):
-        """Embedded patches (B, V, D) -> tokens after the final norm (B, 1 + V, D), CLS first.
+    def embed(self, images, hidden=None, stages=None):
+        """(B, C, H, W) -> patch tokens with positions (B, L, D). Another image size than the built one resizes the table.
+
+        hidden, stages: for the convolution stem, see there; a plain patch embedding mixes no patches.
+        """
+        x = self.patch_embed(images, hidden, stages) if self.config["stem"] else self.patch_embed(images)  # (B, L, D)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        return x + self.resize(self.pos_embed, self.grid, grid)[:, self.first :]
+
+    def put_cls(self, x):
+        """(B, V, D) -> what the first block sees: CLS first (B, 1 + V, D), if there is one."""
+        if self.cls_token is not None:
+            cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
+            x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        return self.norm_pre(x)
+
+    def encode_raw(self, x, taps=None):
+        """Embedded patches (B, V, D) -> the last block's output (B, 1 + V, D), CLS first; without CLS (B, V, D), here and below.
 
         taps: a dict whose keys are block numbers (from 1); it receives their raw outputs (B, 1 + V, D).
         """
-        cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
-        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + V, D)
+        x = self.put_cls(x)
         for number, block in enumerate(self.blocks, start=1):
             x = block(x)
             if taps is not None and number in taps:
                 taps[number] = x
-        return self.norm(x)
+        return x
+
+    def encode(self, x, taps=None):
+        """The same, after the final norm."""
+        return self.norm(self.encode_raw(x, taps))
 
     def features(self, images, hidden=None, taps=None, attention=False):
         """What probes, teachers and pictures read.
 
         images (B, C, H, W) normalised; hidden (B, L) bool or None; taps: block numbers from 1 (whole images only).
-        Returns {"cls": (B, 1, D), "patches": (B, V, D), both after the final norm, "taps": [(B, D, h, w)] raw block outputs,
-        "attention": (B, H, N, N), the softmax of the last block, if asked for}.
+        Returns {"cls": (B, 1, D), or None if there is none, "patches": (B, V, D), both after the final norm, "taps": [(B, D, h, w)] raw
+        block outputs, "attention": (B, H, N, N), the softmax of the last block, if asked for}.
         """
-        x = self.embed(images)  # (B, L, D)
+        x = self.embed(images, hidden)  # (B, L, D)
         if hidden is not None:
             x = take(x, visible_ids(hidden))  # (B, V, D)
         last, tapped = self.blocks[-1].attn, dict.fromkeys(taps or ())
         last.record = attention
         x = self.encode(x, tapped)
         last.record = False
-        h = images.shape[-2] // self.patch_size
-        out = {"cls": x[:, :1], "patches": x[:, 1:], "taps": [rearrange(t[:, 1:], "b (h w) d -> b d h w", h=h) for t in tapped.values()]}
+        first, h = self.first, images.shape[-2] // self.patch_size
+        out = {"cls": x[:, :1] if first else None, "patches": x[:, first:],
+               "taps": [rearrange(t[:, first:], "b (h w) d -> b d h w", h=h) for t in tapped.values()]}
         if attention:
             out["attention"], last.recorded = last.recorded[1], None
         return out
@@ -376,24 +515,31 @@ class Decoder(nn.Module):
     """The transformer decoder of the MAE family. Where [MASK] tokens go is the method's business:
 
         latent (B, 1 + V, D) -- embed --> (B, 1 + V, Dd) -- the method inserts mask_token --> (B, 1 + L, Dd) -- forward --> (B, L, P)
+
+    For an encoder without CLS there is none here either.
     """
 
-    def __init__(self, grid, encoder_width, width, depth, heads, patch_values):
+    def __init__(self, encoder, width, depth, heads, mlp_ratio=4.0):
         super().__init__()
-        self.embed = nn.Linear(encoder_width, width)
+        self.first = encoder.first  # where the patches begin among the tokens
+        self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(sincos_positions(width, grid), requires_grad=False)  # (1, 1 + L, Dd)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.pos_embed = nn.Parameter(sincos_positions(width, encoder.grid)[:, 1 - self.first :], requires_grad=False)  # (1, 1 + L, Dd)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pred = nn.Linear(width, patch_values)
+        self.pred = nn.Linear(width, encoder.config["channels"] * encoder.patch_size**2)  # P
         self.apply(init_weights)
 
-    def forward(self, x):
-        """The full sequence, embedded, [MASK] inserted (B, 1 + L, Dd) -> predicted patches (B, L, P)."""
+    def features(self, x):
+        """The full sequence, embedded, [MASK] inserted (B, 1 + L, Dd) -> patch tokens after the last norm (B, L, Dd)."""
         x = x + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x))[:, 1:]
+        return self.norm(x)[:, self.first :]
+
+    def forward(self, x):
+        """The same -> predicted patches (B, L, P)."""
+        return self.pred(self.features(x))
 
 
 def build_encoder(args, **options):
@@ -401,12 +547,11 @@ def build_encoder(args, **options):
     return ViT(args.image_size, args.patch_size, args.width, args.depth, args.heads, **options)
 
 
-def build_decoder(args, encoder):
-    """The decoder that the size flags describe, for this encoder."""
+def build_decoder(args, encoder, **options):
+    """The decoder that the size flags describe, for this encoder; `options` are further arguments of Decoder."""
     if args.decoder_depth < 1:
         raise UserError(f"--decoder-depth {args.decoder_depth}: this decoder needs at least 1 block, or no hidden patch sees another")
-    patch_values = encoder.config["channels"] * encoder.patch_size**2  # P
-    return Decoder(encoder.grid, encoder.width, args.decoder_width, args.decoder_depth, args.decoder_heads, patch_values)
+    return Decoder(encoder, args.decoder_width, args.decoder_depth, args.decoder_heads, **options)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,6 +592,40 @@ def rename(state_dict, pairs):
     return {new_name(name): value for name, value in state_dict.items()}
 
 
+def strip_prefixes(weights):
+    """Names without what wrappers put before them, as often as it is there."""
+    prefixes = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
+    while (prefix := next((p for p in prefixes if weights and any(name.startswith(p) for name in weights)), None)) is not None:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def read_shape(weights):
+    """What the tensors of a square ViT, by our names, say of its shape -> arguments of `ViT` but for heads, which no tensor shows.
+
+    Raises KeyError, ValueError, IndexError, TypeError or ZeroDivisionError where they are no ViT.
+    """
+    def layers(prefix):
+        return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
+
+    def mlp_ratio(block):
+        return weights[f"{block}.mlp.fc1.weight"].shape[0] / weights[f"{block}.norm1.weight"].shape[0]
+
+    stem, part = None, "patch_embed."
+    if "patch_embed.embed1.proj.weight" in weights:
+        stages = "patch_embed.blocks1.", "patch_embed.blocks2."
+        stem = {"widths": [len(weights[f"{stage}0.norm1.weight"]) for stage in stages], "depths": [layers(stage) for stage in stages],
+                "mlp_ratios": [mlp_ratio(f"{stage}0") for stage in stages]}
+        part = "patch_embed.embed1."
+    _, channels, patch_size, _ = weights[f"{part}proj.weight"].shape
+    patch_size, class_token = 16 if stem else patch_size, not stem or "cls_token" in weights
+    width, side = len(weights["blocks.0.norm1.weight"]), round((weights["pos_embed"].shape[1] - class_token) ** 0.5)
+    if min(width, patch_size, side) < 1:
+        raise ValueError
+    return dict(image_size=[side * patch_size] * 2, patch_size=patch_size, width=width, depth=layers("blocks."), channels=channels, mlp_ratio=mlp_ratio("blocks.0"),
+                layer_scale=1.0 if "blocks.0.ls1.gamma" in weights else None, class_token=class_token, stem=stem)
+
+
 def fill(model, weights, shape, source):
     """Load weights by name into a model that has an `encoder` -> "the whole model" or "the encoder".
 
@@ -462,7 +641,7 @@ def fill(model, weights, shape, source):
     wrong += [f"no {name}" for name in names if name not in weights]
     if not wrong:
         for name in (name for name in names if name.endswith("pos_embed")):
-            side = math.isqrt(weights[name].shape[1] - 1)  # files that say nothing of their shape are square
+            side = math.isqrt(weights[name].shape[1] - model.encoder.first)  # files that say nothing of their shape are square
             grid = [s // config["patch_size"] for s in shape["image_size"]] if shape else (side, side)
             weights = {**weights, name: resize_positions(weights[name], grid, model.encoder.grid)}
         wrong = [f"{name} {tuple(weights[name].shape)} (here {tuple(own[name].shape)})" for name in names if weights[name].shape != own[name].shape]
@@ -482,11 +661,15 @@ def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
             "mean": list(mean), "std": list(std)}
 
 
-def unpack_encoder(packed):
-    """`pack_encoder`'s dict -> (encoder in eval mode, info); info is the dict without the weights."""
-    encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
-    encoder.load_state_dict(packed["state_dict"])
-    return encoder.eval(), {key: value for key, value in packed.items() if key != "state_dict"}
+def unpack_encoder(packed, source="encoder"):
+    """`pack_encoder`'s dict -> (encoder in eval mode, info); info is the dict without the weights. A UserError begins with `source`."""
+    try:
+        encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
+        encoder.load_state_dict(packed["state_dict"])
+        info = {key: packed[key] for key in ("config", "method", "feature", "mean", "std")}
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{source}: not a whole encoder.pt ({' '.join(str(error).split())[:150]})") from None
+    return encoder.eval(), info
 
 
 def load_encoder(path):
@@ -494,4 +677,4 @@ def load_encoder(path):
     packed = load_file(path)
     if not isinstance(packed, dict) or not {"config", "state_dict"} <= packed.keys():
         raise UserError(f"{path}: not an encoder.pt of this project (no 'config' and 'state_dict' in it)")
-    return unpack_encoder(packed)
+    return unpack_encoder(packed, path)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from torch.testing import assert_close
 import conftest
 import data
 import finetune
+import mrmae
 import train
 import vit
-from conftest import randomize
+from conftest import build, randomize
 from test_train import Hostile, interrupt_at, one_line, rows
 from vit import UserError, ViT
 
@@ -126,6 +128,53 @@ def test_other_image_sizes_resize_the_position_table(size, tmp_path):
     images = torch.randn(1, 3, *size)
     assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])  # the old one resizes at each call
     assert loaded.pos_embed.shape[1] == 1 + size[0] * size[1] // 256
+
+
+MCMAE = torch.load(Path(__file__).parent / "golden" / "mcmae_tiny64.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_mcmaes_published_layout(fine_tuned, tmp_path, capsys):
+    state = dict(MCMAE["state_dict"])
+    if fine_tuned:  # the authors' fine-tuning drops decoders and fusion, and renames the last LayerNorm
+        state = {name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: value for name, value in state.items()
+                 if not name.startswith(("decoder", "mask_token", "stage"))} | {"head.weight": torch.randn(10, 48), "head.bias": torch.randn(10)}
+    torch.save({"model": state}, tmp_path / "mcmae.pth")
+    args = parse("--protocol", "linear", "--encoder", tmp_path / "mcmae.pth", "--heads", 4)
+    loaded, info, fc_norm = finetune.open_encoder(args)
+    assert "MCMAE layout, all" in capsys.readouterr().out and info["feature"] == "mean" and (fc_norm is not None) == fine_tuned
+    assert loaded.config["stem"] == {"widths": [16, 24], "depths": [1, 1], "mlp_ratios": [2.0, 3.0]} and loaded.config["class_token"] is False
+    whole = build("mae", *"--stem conv --stem-widths 16 24 --stem-depths 1 1 --stem-mlp-ratios 2 3 --patch-size 16 --image-size 64 --width 48 --heads 4 "
+                          "--decoder-width 32 --decoder-depth 2 --decoder-heads 4 --decoder-mlp-ratio 2".split())
+    whole.load_state_dict(mrmae.from_official_mcmae(MCMAE["state_dict"]))
+    images = MCMAE["images"]
+    assert_close(loaded.eval().features(images)["patches"], whole.encoder.features(images)["patches"])  # without fusion
+    bigger = finetune.open_encoder(parse("--encoder", tmp_path / "mcmae.pth", "--heads", 4, "--image-size", 96, 64))[0]
+    assert bigger.pos_embed.shape == (1, 24, 48) and bigger.features(torch.randn(1, 3, 96, 64))["patches"].shape == (1, 24, 48)
+    with pytest.raises(UserError, match="no class token; use mean"):
+        finetune.Classifier(loaded, info, fc_norm, parse("--protocol", "linear", "--feature", "cls"), 3, False)
+    torch.save({"model": {name: value for name, value in state.items() if name != "blocks1.0.conv2.bias"}}, tmp_path / "mcmae.pth")
+    with pytest.raises(UserError, match="no patch_embed.blocks1.0.conv2.bias"):
+        finetune.open_encoder(args)
+
+
+def conv_encoder(class_token=True):
+    stem = {"widths": [8, 12], "depths": [1, 2], "mlp_ratios": [2.0, 2.0]}
+    return randomize(ViT((32, 32), 16, 32, 3, 2, class_token=class_token, stem=stem)).eval()
+
+
+def test_conv_stages_learn_at_the_lowest_rate_and_share_the_drop_path():
+    model = classifier("finetune", "--drop-path", 0.5, model=conv_encoder())
+    groups = finetune.layer_decay_groups(model, 0.5, 0.05)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert {scale[id(p)] for name, p in names.items() if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token"))} == {0.5**4}
+    assert scale[id(names["encoder.blocks.0.norm1.weight"])] == 0.5**3 and scale[id(names["head.weight"])] == 1
+    assert [block.drop_path for block in model.encoder.all_blocks()] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    x = torch.randn(8, 8, 4, 4)
+    block = model.encoder.patch_embed.blocks1[0].train()
+    block.drop_path = 1 - 1e-6
+    assert torch.equal(block(x), x)  # both branches skipped
 
 
 def test_no_encoder_is_a_random_one_of_train_pys_sizes():
@@ -497,9 +546,21 @@ def test_testing_counts_every_sample_once(folder):
 # --------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # --------------------------------------------------------------------------------------------------------------------
+def fine_tuned_features_agree(run_folder, cls):
+    """encoder.pt of a fine-tuning holds its encoder; the LayerNorm of mean features as its last one."""
+    encoder, info = vit.load_encoder(run_folder / "encoder.pt")
+    saved = vit.load_file(run_folder / "checkpoint.pt")["model"]
+    name = "encoder.norm.bias" if cls else "fc_norm.bias"
+    return (info["feature"] == ("cls" if cls else "mean") and info["method"].endswith("-finetune") and torch.equal(encoder.norm.bias, saved[name])
+            and torch.equal(encoder.pos_embed, saved["encoder.pos_embed"]))
+
+
 @pytest.mark.parametrize("flags", [("finetune",), ("linear",), ("linear", "--cache-features", "--feature", "mean"), ("attentive",), ("attentive", "--cache-features"),
                                    ("finetune", "--mixup", 0, "--cutmix", 0, "--randaugment", 0, "--drop-path", 0, "--feature", "cls")], ids=lambda flags: " ".join(map(str, flags)))
 def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder, tmp_path, capsys):
+    if flags[0] == "finetune" and len(flags) > 1:  # once with convolution stages
+        encoder = tmp_path / "conv.pt"
+        torch.save(vit.pack_encoder(conv_encoder(), "mrmae", "mean", data.MEAN, data.STD), encoder)
     run("--protocol", *flags, "--encoder", encoder, "--data", folder, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"top1", "best_top1"} | ({"knn_top1"} if "--cache-features" in flags else set()) == results.keys()
@@ -509,6 +570,8 @@ def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder
     assert table[0][1:] == ["class0", "class1"] and sum(int(value) for line in table[1:] for value in line[1:]) == 8
     assert sum(int(table[i + 1][i + 1]) for i in range(2)) / 8 == pytest.approx(results["top1"] / 100)
     pictures = os.listdir(tmp_path / "run" / "pictures")
+    if flags[0] == "finetune":
+        assert fine_tuned_features_agree(tmp_path / "run", "cls" in flags)
     assert "confusion.png" in pictures and ("attention.png" in pictures) == (flags[0] == "attentive")
     capsys.readouterr()
     run("--evaluate", tmp_path / "run", tmp_path / "run", "--predict", folder / "val", "--out", tmp_path / "out")

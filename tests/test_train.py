@@ -130,6 +130,16 @@ def test_draw_makes_the_pictures_of_given_images_with_the_runs_own_flags(referen
     torch.save(older, tmp_path / "checkpoint.pt")
     run("--method", "mixedae", "--out", tmp_path, "--draw", *images[:4])
     assert (tmp_path / "pictures" / path.name).exists()
+    run("--method", "mixedae", "--out", tmp_path, "--draw", *images[:4], "--beside", reference / "encoder.pt")
+    wider = np.array(Image.open(tmp_path / "pictures" / path.name))
+    assert wider.shape[1] == pixels.shape[1] + 132
+    own, beside = wider[38:, -264:-132], wider[38:, -132:]
+    assert np.abs(own[:, :128].astype(int) - beside[:, :128]).max() <= 2  # the same encoder as the run's
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 1, 2, class_token=False), "mae", "mean", (0,) * 3, (1,) * 3), tmp_path / "without.pt")
+    run("--method", "mixedae", "--out", tmp_path, "--draw", *images[:4], "--beside", tmp_path / "without.pt", code=2)
+    one_line(capsys, "--beside", "no class token")
+    run("--method", "mixedae", "--beside", tmp_path / "without.pt", code=2)
+    one_line(capsys, "--beside goes with --draw")
     (tmp_path / "checkpoint.pt").unlink()
     assert before == {file: (reference / file).read_bytes() for file in before}
     for flags, words in ((images[:3], "multiple of 4"), (images[:6], "the last 2 make no whole group"), (images * 9, "64 at most"), ([__file__] * 4, "cannot be read as an image"),

@@ -163,7 +163,7 @@ def test_encoder_file_round_trip(tmp_path):
     assert torch.equal(loaded.features(images)["cls"], encoder.features(images)["cls"])
     assert info["method"] == "mae" and info["feature"] == "cls" and info["mean"] == [0.5] * 3
     assert info["config"] == {"kind": "vit", "image_size": [16, 24], "patch_size": 4, "width": 32, "depth": 2, "heads": 2, "channels": 3,
-                              "mlp_ratio": 4.0, "layer_scale": 0.1}
+                              "mlp_ratio": 4.0, "layer_scale": 0.1, "class_token": True, "stem": None}
 
 
 class Hostile:
