@@ -98,7 +98,8 @@ def test_a_run_folder_holds_what_was_promised(reference, folder):
 def test_the_log_of_shapes_says_how_much_attention_falls_on_the_objects(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 16)
     for method in [name for name, kind in train.METHODS.items() if not hasattr(kind, "export_file")]:
-        run("--method", method, "--data", "shapes", "--out", tmp_path / method, "--epochs", 1, "--log-every", 1, "--val-images", 16)
+        more = ("--teacher", tmp_path / "mae" / "encoder.pt") if method == "mrmae" else ()
+        run("--method", method, *more, "--data", "shapes", "--out", tmp_path / method, "--epochs", 1, "--log-every", 1, "--val-images", 16)
         first, last = rows(tmp_path / method)
         assert "object_attention" not in first  # at the end of an epoch alone
         encoder, _ = vit.load_encoder(tmp_path / method / "encoder.pt")
