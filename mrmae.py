@@ -218,7 +218,7 @@ def salient_visible(saliency, visible, how):
 
 
 def joint_saliency(maps):
-    """Saliency of several teachers, (B, L) each -> (B, L): the mean, each divided by its sum."""
+    """Saliency of several teachers (Table 4), (B, L) each -> (B, L): the mean, each divided by its sum."""
     return sum(m / m.sum(dim=1, keepdim=True) for m in maps) / len(maps)
 
 
@@ -343,7 +343,7 @@ class MRMAE(MAE):
         self.panels = [self.panels[0], *(title.partition(":")[0].replace("/encoder.pt", "") for title in seen), *self.panels[1 : 3 if self.recon_weight else 2]]
 
     def predict(self, images, mask=None, features=None):
-        """Every tensor of Fig. 2 (3). images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None: as --visible says; features: a list,
+        """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None: as --visible says; features: a list,
         for each teacher {"tokens": (B, L, Dt), "saliency": (B, L)} on our grid, or None to ask the teachers.
 
         Returns latent E_v (B, 1+V, D), mimicked L(E_v) and features F_v: a list, for each teacher (B, V, Dt), with --mimic-at decoder (B, U, Dt); saliency:
