@@ -46,9 +46,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import cae
-import mrmae
+import train
 from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
                   picture_sheet, read_log, train_transform)
+from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint, resume,
                    run_program, work)
 from train import parse_args as train_args
@@ -68,8 +69,7 @@ LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1}  # absolute, for
 MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code for the first two, CAE's for the third
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
            "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
-FREE_FLAGS = {"out", "data_root", "download", "workers", "device", "compile", "recompute", "log_every", "save_every", "batch_size", "accumulate",
-              "evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes (batch size and accumulation if B' stays)
+FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
 
 
 def parse_args(argv=None):
@@ -137,17 +137,12 @@ def from_cae(weights):
     return cae.from_official({name: value for name, value in weights.items() if not name.endswith("rd_pos_embed")})
 
 
-def from_mcmae(weights):
-    """An MCMAE encoder's names -> ours; what else its file holds keeps the prefixes by which it is left aside."""
-    return strip_prefixes(mrmae.from_official_mcmae(weights))
-
-
 # Published layouts: how to know one by its names; where the weights lie in a file (or they are the file); what turns its names into those
 # of our ViT; the feature that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
 Layout = namedtuple("Layout", "name sign inside convert feature heads")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 LAYOUTS = (Layout("CAE", "blocks.0.attn.q_bias", ("model", "module", "state_dict"), from_cae, "cls", {**HEADS, 384: 12}),
-           Layout("MCMAE", "blocks3.0.norm1.weight", ("model",), from_mcmae, "mean", HEADS),
+           Layout("MCMAE", "blocks3.0.norm1.weight", ("model",), lambda weights: strip_prefixes(from_official_mcmae(weights)), "mean", HEADS),
            Layout("DINO", "", ("teacher", "student"), dict, "cls", HEADS),
            Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS))
 LEFT_ASIDE = ("head", "fc_norm", "pre_logits", "decoder", "mask_token", "regressor", "project", "lm_head", "stage_fusion")  # what is no part of an encoder
@@ -206,8 +201,6 @@ def open_encoder(args):
     state = load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no weights by name")
-    if len(given.get("image_size", ())) > 2:
-        raise UserError(f"--image-size takes one number or two (H W), not {len(given['image_size'])}")
     if {"config", "state_dict"} <= state.keys():
         info = unpack_encoder(state, path)[1]
         weights, shape = state["state_dict"], {key: value for key, value in state["config"].items() if key != "kind"}
@@ -787,7 +780,7 @@ def run_set(args, argv, name, device):
             folder.describe(args, argv)
             folder.cut_log(run.batches.start)
             announce(run, train_set, test_set, metric)
-        code = work(run, task.samples, sums, task.report, farewell)
+        code = work(run, task.samples, sums, task.report)
         if code:
             return code, {}
     scores = task.test()
@@ -802,11 +795,6 @@ def run_set(args, argv, name, device):
         done = "" if run.batches.start < run.batches.steps else "finished already, "
         print(f"{args.out}: {done}{', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return int(bool(folder and folder.failed)), {"metric": metric, **results}
-
-
-def farewell(run, done):
-    if run.folder and done < run.batches.steps:
-        print(f"stopped after step {done} of {run.batches.steps}; {run.args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
 
 
 def announce(run, train_set, test_set, metric):

@@ -14,7 +14,7 @@ hidden ones, and the two do not quarrel over the same tokens.
               |-- Eq. 2: mimic head L(E_v) (B, V, Dt) against F_v
         -- decoder.embed, [MASK] at the U hidden places --> (B, 1+L, Dd) -- decoder --> pred (B, L, P)
               |-- Eq. 1: squared error on the hidden patches
-    L = .5 L_R + .5 L_M (Sec. 4.1)
+    loss = .5 L_R + .5 L_M (Sec. 4.1)
 
 Run it:  python train.py --method mae                                              (the drawn set `shapes`, a laptop; README.md has times, losses, the paper's runs)
          python train.py --method mrmae --teacher runs/mixedae/encoder.pt          (any encoder.pt; or clip, dino: downloaded; clip:FILE, dino:FILE)
@@ -26,33 +26,41 @@ Masking. The mask is one, on the grid of tokens. With `--stem conv`, MCMAE's mas
 same mask, each entry repeated over the 4 x 4 or 2 x 2 places of its patch: "multi-scale block-wise masking". It must be so: their 5 x 5
 convolutions look across patches, and with a mask of their own they would carry pixels of a hidden patch into visible ones.
 
-Where the paper is silent, MAE's and MCMAE's code decide
-    - norm_pix targets, fixed positions, initialisation; both losses averaged over the values of a token and then over tokens. (Eq. 1 and 2 sum over
-      values; pixels of a patch of 16 and features of ViT-B are both 768, so the balance .5 : .5 is that of the sums.)
+Where the paper is silent, the authors' code decides (https://github.com/facebookresearch/mae, https://github.com/Alpha-VL/ConvMAE):
+    - norm_pix targets, fixed positions, initialisation, AdamW's betas; both losses averaged over the values of a token and then over tokens. (Eq. 1
+      and 2 sum over values; pixels of a patch of 16 and features of ViT-B are both 768, so the balance .5 : .5 is that of the sums.)
     - Visible tokens stay in raster order. The authors keep them in the shuffled order of the draw; the encoder cannot tell.
     - MCMAE's fusion: features of stages 1 and 2, brought to the token grid by a convolution each, are added to the output of the last block,
-      before the final norm; fine-tuning drops them. MCMAE (`--method mae --stem conv`) has no CLS; the authors say that MR-MAE's encoder got one
-      (https://github.com/Alpha-VL/ConvMAE/issues/19), so `--method mrmae --stem conv` has, without stage features.
-and where both are silent, it is ours
+      before the final norm; fine-tuning drops them. In MR-MAE they are added to the sum of multi-layer fusion.
+    - MCMAE (`--method mae --stem conv`) has no CLS; its authors say that MR-MAE's encoder got one (their issue 19), so with `--method mrmae
+      --stem conv` it has one, to which no stage features are added.
+And where both are silent, it is ours:
     - F_v: the teacher's patch tokens after its last block and final LayerNorm, unprojected ("R^{l_v x C}"; CLIP's projection is trained for
       CLS alone); `--teacher-output` has the other readings. Then an affine-free LayerNorm, token by token, part of L_M: it gives L_M the scale of
       norm_pix pixels, without which .5 : .5 means nothing. No CLS in L_M: Eq. 2 counts l_v patches.
-    - The mimic head reads E_v after the final norm, as the decoder does. It has a bias.
-    - Focused mimicking chooses what the *encoder* sees ("select the most salient tokens ... for visible feature mimicking"). Saliency is the softmax of the
-      teacher's last layer, CLS row, patches only, mean over heads. Top-k or sampled in proportion: the paper does not say which; top-k is the default.
-    - Multi-layer fusion: the residual stream after four evenly spaced blocks, the last among them (of 12: 3, 6, 9, 12), summed, then one final norm.
+    - The mimic head reads E_v after the final norm, as the decoder does. It has a bias. Mimic only (Table 3, sixth row) has no decoder.
+    - Focused mimicking chooses what the *encoder* sees ("select the most salient tokens ... for visible feature mimicking"). Saliency is the softmax
+      of the teacher's last layer, CLS row, patches only, mean over heads. Top-k or sampled in proportion: the paper does not say which; top-k is
+      the default. (A third reading, random masks and mimicry of their salient tokens alone, is not here.)
+    - Multi-layer fusion: the residual stream after four evenly spaced blocks, the last among them (of 12: 3, 6, 9, 12), summed, then one final
+      norm. What transfers has no fusion: there this norm, trained on the sum, reads the last block alone (fine-tuning trains a new one).
     - The teacher sees the same crop, with its own image statistics and at the size that it was trained at. If its grid then differs from ours, its
-      features and saliency are resized to ours.
+      features and saliency are resized to ours. `dino` is ViT-B/16; the paper does not say which (its reference [47] is another DINO, a detector).
+      S, L and H have the teacher of B.
     - Two teachers (Table 4, "Joint"): a head each, L_M is the mean of both losses, saliency the mean of both maps, each divided by its sum.
-    - Both targets at the decoder (Table 3, fifth row): L_M by a linear layer on the decoder's last norm, at hidden patches, in place of the encoder's.
-The paper contradicts itself: its "mask ratio 25%" is what stays visible; 85.8 % belongs to 400 epochs (Table 5), not 200 (introduction); 392 of
-"Huge-392" is no multiple of 16. "Maximum learning rate 1.5e-4" we read as a base rate (as in MAE; README.md has both readings).
+    - Both targets at the decoder (Table 3, fifth row, where L_R is printed twice): L_M by a linear layer on the decoder's last norm, at hidden
+      patches, in place of the encoder's.
+    - "Maximum learning rate 1.5e-4" is read as a base rate, as in MAE, fine-tuning's 3e-4 too; warm-up is the same share of a run at every length.
+The paper contradicts itself: its "mask ratio 25%" is what stays visible; 85.8 % belongs to 400 epochs (Table 5), not 200 (introduction); MAE-B
+has 83.6 and 83.8, box AP at 200 epochs 52.7 and 53.0; "Huge-392" is Huge-393 in Table 6, and neither is a multiple of 16.
 """
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import math
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -100,25 +108,27 @@ class MAE(nn.Module):
             help="targets normalised patch by patch (MAE's command; losses with and without are not comparable)")
         add("--mlp-ratio", type=float, default=4.0, help="hidden width of the encoder's MLPs, of its width (MAE's code)")
         add("--decoder-mlp-ratio", type=float, default=4.0, help="the same for the decoder (MAE's code)")
-        add("--stem", choices=("patch", "conv"), default="patch", help="what comes before the blocks: a linear patch embedding, or the masked convolution stages of "
-            "MCMAE (MR-MAE Sec. 3.3)")
-        add("--stem-widths", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="of the two convolution stages [base: 256 384 (MCMAE's code)]")
-        add("--stem-depths", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="blocks of the two convolution stages [base: 2 2 (MCMAE's code)]")
-        add("--stem-mlp-ratios", type=float, nargs=2, metavar=("FIRST", "SECOND"), help="of the two convolution stages [base: 4 4 (MCMAE's code)]")
+        add("--stem", choices=("patch", "conv"), default="patch", help="what comes before the blocks: a linear patch embedding, or the masked "
+            "convolution stages of MCMAE (MR-MAE Sec. 3.3), for which patches have 16 pixels")
+        add("--stem-widths", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="of the two convolution stages [base: 256 384 (MCMAE's code); micro: 32 64 (ours)]")
+        add("--stem-depths", type=int, nargs=2, metavar=("FIRST", "SECOND"), help="blocks of the two stages [base: 2 2 (MCMAE's code); micro: 1 1 (ours)]")
+        add("--stem-mlp-ratios", type=float, nargs=2, default=[4.0, 4.0], metavar=("FIRST", "SECOND"), help="of the two stages (MCMAE's code)")
 
     def __init__(self, args, class_token=None):
         super().__init__()
         stem = None
         if args.stem == "conv":
             stem = {"widths": args.stem_widths, "depths": args.stem_depths, "mlp_ratios": args.stem_mlp_ratios}
-        elif args.stem_widths or args.stem_depths or args.stem_mlp_ratios:
-            raise UserError("--stem-widths, --stem-depths and --stem-mlp-ratios go with --stem conv")
-        if not (args.mlp_ratio > 0 and args.decoder_mlp_ratio > 0):
-            raise UserError(f"--mlp-ratio {args.mlp_ratio} and --decoder-mlp-ratio {args.decoder_mlp_ratio} must be above 0")
+        elif args.stem_widths or args.stem_depths:
+            raise UserError("--stem-widths and --stem-depths go with --stem conv")
+        ratios = [("--mlp-ratio", args.mlp_ratio, args.width), ("--decoder-mlp-ratio", args.decoder_mlp_ratio, args.decoder_width)]
+        for flag, ratio, width in [*ratios, *(("--stem-mlp-ratios", *pair) for pair in zip(args.stem_mlp_ratios, args.stem_widths or ()))]:
+            if not 1 <= ratio * width < math.inf:  # so written, NaN is refused too
+                raise UserError(f"{flag} {ratio}: an MLP that is {ratio} x {width} wide cannot be; the ratio must be above 0, and finite")
         class_token = not stem if class_token is None else class_token  # MCMAE has none
         self.encoder = build_encoder(args, mlp_ratio=args.mlp_ratio, class_token=class_token, stem=stem)
         self.decoder = build_decoder(args, self.encoder, mlp_ratio=args.decoder_mlp_ratio)
-        self.fuse_layers = []  # MR-MAE has some
+        self.fuse_layers = []  # blocks whose outputs are summed (Sec. 3.3); MAE: none, the last block alone
         if stem:  # to the token grid: 4 x 4 places of stage 1 and 2 x 2 of stage 2 lie in a patch
             self.stage_fusion = nn.ModuleList(nn.Conv2d(w, args.width, k, stride=k) for w, k in zip(stem["widths"], (4, 2))).to(memory_format=torch.channels_last)
         self.norm_pix = args.norm_pix
@@ -213,7 +223,8 @@ def salient_visible(saliency, visible, how):
     how: "top-k", the V most salient ones, or "sampled", V drawn one after the other with probabilities in proportion to it.
     """
     if how == "sampled":
-        saliency = saliency / torch.empty_like(saliency).exponential_()  # the V largest of these are such a draw
+        # The V largest of these are such a draw, as in torch.multinomial, but without its checks, which wait for the card.
+        saliency = saliency / torch.empty_like(saliency).exponential_()
     return saliency.topk(visible, dim=1).indices.sort(dim=1).values
 
 
@@ -225,7 +236,7 @@ def joint_saliency(maps):
 class Teacher(nn.Module):
     """A frozen ViT. `features` asks for everything; the method asks in two steps, so that of the last block only what it uses is computed.
 
-    vit: with the teacher's weights; mean, std: of its images; projection (C, out) or None: CLIP's. The method keeps teachers in a plain
+    vit: with the teacher's weights, Dt wide; mean, std: of its images; projection (Dt, out) or None: CLIP's. The method keeps teachers in a plain
     list, so they are no part of its state dict, optimizer, DDP or train().
     """
 
@@ -241,11 +252,11 @@ class Teacher(nn.Module):
 
         Saliency is the CLS row of the last block's attention, over patches, mean over heads; not divided by its sum.
         """
-        x = self.vit.put_cls(self.vit.embed(images))  # (B, N, C)
+        x = self.vit.put_cls(self.vit.embed(images))  # (B, N, Dt)
         for block in self.vit.blocks[:-1]:
             x = block(x)
         last, saliency = self.vit.blocks[-1], None
-        q, k, v = last.attn.split(last.norm1(x))  # (B, H, N, C / H)
+        q, k, v = last.attn.split(last.norm1(x))  # (B, H, N, Dt / H)
         if self.vit.first:
             scores = (q[:, :, :1] * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # of CLS alone, (B, H, 1, N)
             saliency = scores.float().softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
@@ -253,7 +264,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def describe(self, state, ids=None, output="post_ln"):
-        """The last block and what follows, for the patches ids (B, V), None: all -> tokens (B, V, C) in fp32.
+        """The last block and what follows, for the patches ids (B, V), None: all -> tokens (B, V, Dt) in fp32.
 
         output: "post_ln", after the final LayerNorm; "pre_ln", before it; "projected", after CLIP's projection too, (B, V, out).
         """
@@ -262,7 +273,7 @@ class Teacher(nn.Module):
         if ids is None:
             ids = torch.arange(x.shape[1] - self.vit.first, device=x.device).expand(len(x), -1)
         places = ids + self.vit.first
-        q = q.gather(2, places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))  # (B, H, V, C / H); keys and values are of all tokens
+        q = q.gather(2, places[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))  # (B, H, V, Dt / H); keys and values are of all
         attended = last.attn.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         x = take(x, places) + last.ls1(attended)
         x = x + last.ls2(last.mlp(last.norm2(x)))
@@ -273,7 +284,8 @@ class Teacher(nn.Module):
             return x @ self.projection if output == "projected" else x
 
     def features(self, images, output="post_ln"):
-        """images (B, C, H, W), normalised with the teacher's own mean and std -> {"tokens": (B, L, C), see `describe`, "saliency": (B, L) or None}."""
+        """images (B, C, H, W), normalised with the teacher's own mean and std -> {"tokens": (B, L, Dt), see `describe`, "saliency": (B, L)
+        or None}."""
         state, saliency = self.look(images)
         return {"tokens": self.describe(state, output=output), "saliency": saliency}
 
@@ -298,20 +310,22 @@ def fused_layers(asked, depth):
 
 
 class MRMAE(MAE):
-    """MR-MAE. With the flags of README.md also its ablations (Table 3 and 4)."""
+    """MR-MAE. With the flags of README.md also its ablations (Table 3 and 4). Teachers are opened below, in the next part of the file."""
 
     @staticmethod
     def add_args(parser):
         MAE.add_args(parser)
         add = parser.add_argument_group("MR-MAE").add_argument
-        add("--teacher", nargs="+", metavar="TEACHER", help="one or two (Table 4) of clip, clip:FILE, dino, dino:FILE or an encoder.pt; clip (ViT-B/16) and dino (ViT-B/16) "
-            "are downloaded into torch.hub's cache")
-        add("--teacher-output", choices=("post_ln", "pre_ln", "projected"), default="post_ln", help="the features to mimic: after the teacher's final LayerNorm, before it, "
-            "or after CLIP's projection (ours)")
-        add("--visible", choices=("top-k", "sampled", "random"), default="top-k", help="the most salient patches, patches sampled by saliency, or random ones (Table 3: "
-            "focused mimicking or not)")
-        add("--fuse-layers", type=int, nargs="+", metavar="BLOCK", help="blocks whose outputs are summed; the last one alone: no fusion (Table 3) [four, evenly spaced: ours]")
-        add("--mimic-at", choices=("encoder", "decoder"), default="encoder", help="mimic visible tokens after the encoder, or hidden ones after the decoder (Table 3)")
+        add("--teacher", nargs="+", metavar="TEACHER", help="one (Sec. 4.1: clip) or two (Table 4) of clip, clip:FILE, dino, dino:FILE or an encoder.pt; clip "
+            "and dino, both ViT-B/16, are downloaded into torch.hub's cache")
+        add("--teacher-output", choices=("post_ln", "pre_ln", "projected"), default="post_ln", help="the features to mimic: after the teacher's final "
+            "LayerNorm, before it, or after CLIP's projection (ours)")
+        add("--visible", choices=("top-k", "sampled", "random"), default="top-k", help="the most salient patches, patches sampled by saliency, or random "
+            "ones (Table 3: focused mimicking or not)")
+        add("--fuse-layers", type=int, nargs="+", metavar="BLOCK", help="blocks whose outputs are summed; the last one alone: no fusion (Table 3) [four, "
+            "evenly spaced: ours]")
+        add("--mimic-at", choices=("encoder", "decoder"), default="encoder", help="mimic visible tokens after the encoder, or hidden ones after the "
+            "decoder (Table 3)")
         add("--recon-weight", type=float, default=0.5, help="weight of Eq. 1 (Sec. 4.1); 0: mimic only, without a decoder (Table 3)")
         add("--mimic-weight", type=float, default=0.5, help="weight of Eq. 2 (Sec. 4.1)")
         parser.set_defaults(epochs=2)  # ours: a laptop's minute and a half
@@ -324,8 +338,8 @@ class MRMAE(MAE):
         if not (0 <= self.recon_weight < math.inf and 0 < self.mimic_weight < math.inf):
             raise UserError(f"--recon-weight {self.recon_weight} must be at least 0, --mimic-weight {self.mimic_weight} above 0; pixels alone are --method mae")
         if not args.teacher or len(args.teacher) > 2:
-            raise UserError(f"--teacher: MR-MAE needs one or two, not {len(args.teacher or ())}: clip or dino (downloaded), clip:FILE, dino:FILE, or an encoder.pt, "
-                            f"for instance of python train.py --method mixedae: --teacher runs/mixedae/encoder.pt")
+            raise UserError(f"--teacher: give one or two (now {len(args.teacher or ())}) of clip, dino (both downloaded), clip:FILE, dino:FILE or an encoder.pt; to make "
+                            f"one: python train.py --method mixedae, then --teacher runs/mixedae/encoder.pt")
         self.teachers = [open_teacher(word, self.output, self.encoder.grid) for word in args.teacher]  # a plain list: see Teacher
         if self.visible != "random" and not all(teacher.vit.first for teacher in self.teachers):
             raise UserError(f"--teacher {' '.join(args.teacher)}: a teacher without class token has no saliency; use --visible random or another teacher")
@@ -339,8 +353,10 @@ class MRMAE(MAE):
         width = args.decoder_width if self.mimic_at == "decoder" else args.width
         outputs = [len(t.projection.T) if self.output == "projected" else t.vit.width for t in self.teachers]  # Dt
         self.mimic_heads = nn.ModuleList(nn.Linear(width, Dt) for Dt in outputs).apply(init_weights)  # L of Eq. 2
-        seen = [f"attention of\nteacher {name}" for name in args.teacher] if all(t.vit.first for t in self.teachers) else []
-        self.panels = [self.panels[0], *(title.partition(":")[0].replace("/encoder.pt", "") for title in seen), *self.panels[1 : 3 if self.recon_weight else 2]]
+        self.panels[1:1] = [f"attention of\nteacher {word.partition(':')[0].removesuffix('/encoder.pt')[-16:]}"
+                            for word, teacher in zip(args.teacher, self.teachers) if teacher.vit.first]
+        if not self.recon_weight:
+            self.panels.pop()  # no prediction, no reconstruction
 
     def predict(self, images, mask=None, features=None):
         """Every tensor of Fig. 2. images (B, C, H, W) normalised; mask (B, L) bool, True = hidden, or None: as --visible says; features: a list,
@@ -381,12 +397,13 @@ class MRMAE(MAE):
         return out
 
     def on_our_grid(self, values, teacher):
-        """Values of a teacher's patches (B, L', n), or saliency (B, L') or None -> the same on our grid."""
+        """Features of a teacher's patches (B, L', Dt), or saliency (B, L') or None -> the same on our grid (B, L, Dt) or (B, L)."""
         if values is None or teacher.vit.grid == self.encoder.grid:
             return values
         if values.ndim == 2:
             return self.on_our_grid(values.unsqueeze(-1), teacher).squeeze(-1)
-        return resize_tokens(values, teacher.vit.grid, self.encoder.grid, mode="bilinear", antialias=True)  # not bicubic: saliency must not be negative
+        # Not bicubic, because saliency must not be negative; features follow the same rule.
+        return resize_tokens(values, teacher.vit.grid, self.encoder.grid, mode="bilinear", antialias=True)
 
     def described(self, teacher, state, ids):
         """A teacher's features (B, V, Dt) of the patches ids (B, V) of our grid."""
@@ -410,12 +427,11 @@ class MRMAE(MAE):
 
     @torch.no_grad()
     def visualize(self, images):
-        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {}. The panels: image, each teacher's CLS attention (Fig. 3; if they have CLS),
+        """images (B, C, H, W) -> pictures (B, panels, 3, H, W) in [0, 1], {}. The panels: image, the CLS attention of each teacher that has CLS (Fig. 3),
         visible patches, and unless --recon-weight is 0 the reconstruction, as in MAE."""
         out = self.predict(images)
         pictures = self.pictures(images, out)
-        seen = [heat_map(m.float().unflatten(1, self.encoder.grid), pictures[0]) for m in out["saliency"] if m is not None]
-        pictures[1:1] = seen if len(seen) == len(self.teachers) else []
+        pictures[1:1] = [heat_map(m.unflatten(1, self.encoder.grid), pictures[0]) for m in out["saliency"] if m is not None]
         return torch.stack(pictures, dim=1), {}
 
     def export(self):
@@ -432,15 +448,10 @@ URLS = {"clip": f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/V
         "dino": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"}
 
 
-def frozen_vit(weights, heads, adapt=None):
-    """A ViT with these weights, by our names, in fp32. heads: None, width // 64; adapt(vit): changes what is not a plain ViT. Raises RuntimeError,
-    KeyError and the like if they do not fit."""
+def vit_of(weights, heads):
+    """An untrained ViT, fp32, of the shape of these weights by our names. heads: None, width // 64, as CLIP and DINO have it."""
     shape = read_shape(weights)
-    vit = ViT(**shape, heads=heads or shape["width"] // 64)
-    if adapt:
-        adapt(vit)
-    vit.load_state_dict({name: value.float() for name, value in weights.items()})
-    return vit
+    return ViT(**shape, heads=heads or shape["width"] // 64)
 
 
 def quick_gelu(x):
@@ -460,7 +471,10 @@ def make_clip(vit):
 
 
 def clip_visual(state_dict, heads=None):
-    """CLIP's names (OpenAI's, fp16 or fp32, of the whole model or its visual tower) -> Teacher. heads: None, width // 64, as in CLIP."""
+    """CLIP's names (OpenAI's, fp16 or fp32, of the whole model or its visual tower) -> Teacher. heads: see `vit_of`.
+
+    What does not fit raises errors of all kinds; `open_teacher` makes one line of them.
+    """
     state = {name.removeprefix("visual."): value for name, value in state_dict.items() if name.startswith("visual.")} or dict(state_dict)
     known = ("class_embedding", "positional_embedding", "proj", "conv1.", "ln_pre.", "ln_post.", "transformer.resblocks.")
     weights = {name: value for name, value in state.items() if name.startswith(known)}
@@ -481,18 +495,25 @@ def clip_visual(state_dict, heads=None):
         (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     ])
     weights |= {"cls_token": weights["cls_token"].view(1, 1, -1), "pos_embed": weights["pos_embed"].unsqueeze(0)}
-    return Teacher(frozen_vit(weights, heads, make_clip), CLIP_MEAN, CLIP_STD, None if projection is None else projection.float())
+    vit = vit_of(weights, heads)
+    make_clip(vit)
+    vit.load_state_dict(weights)
+    if projection is not None and (projection.ndim != 2 or len(projection) != vit.width):
+        raise ValueError(f"proj {tuple(projection.shape)} for a width of {vit.width}")
+    return Teacher(vit, CLIP_MEAN, CLIP_STD, None if projection is None else projection.float())
 
 
 def dino_positions(table, old_grid, new_grid):
-    """DINO's rule for another image size: by factors (new + .1) / old, which is not quite the new size."""
+    """DINO's rule for another image size: by factors (new + .1) / old, which is not quite the new size. (Our training gives a teacher its own size.)"""
     return resize_positions(table, old_grid, new_grid, size=None, scale_factor=[(new + 0.1) / old for new, old in zip(new_grid, old_grid)])
 
 
 def dino(state_dict, heads=None):
-    """DINO's names (of its backbone, or a full checkpoint, of which the teacher is taken) -> Teacher. heads: None, width // 64, as in DINO."""
+    """DINO's names (of its backbone, or a full checkpoint, of which the teacher is taken) -> Teacher. heads: see `vit_of`."""
     weights = strip_prefixes(state_dict.get("teacher", state_dict))
-    vit = frozen_vit({name: value for name, value in weights.items() if not name.startswith("head.")}, heads)
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    vit = vit_of(weights, heads)
+    vit.load_state_dict(weights)
     vit.resize = dino_positions
     return Teacher(vit, MEAN, STD)
 
@@ -500,21 +521,27 @@ def dino(state_dict, heads=None):
 def download(kind):
     """The published file of "clip" or "dino" -> its path in torch.hub's cache. A file that is there is not fetched again."""
     url, path = URLS[kind], Path(torch.hub.get_dir()) / "checkpoints" / Path(URLS[kind]).name
+    if path.exists():
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:  # the other processes of this machine wait for the first one
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                torch.hub.download_url_to_file(url, path, hash_prefix=CLIP_SHA256 if kind == "clip" else None)
-    except (OSError, RuntimeError) as error:  # no network, a full disk; a wrong hash
+                part = path.with_suffix(".part")
+                torch.hub.download_url_to_file(url, part, hash_prefix=CLIP_SHA256 if kind == "clip" else None)
+                if kind == "dino":
+                    load_file(part)  # DINO's authors publish no hash: is it whole?
+                part.rename(path)
+    except (OSError, HTTPException, RuntimeError, UserError) as error:  # no network, a full disk; a wrong hash, half a file
         raise UserError(f"--teacher {kind}: {url} could not be downloaded to {path} ({' '.join(str(error).split())[:120]}); download it elsewhere and give "
                         f"--teacher {kind}:FILE") from None
     return path
 
 
-def load_clip(path):
-    """A state dict of CLIP: OpenAI's archive of ViT-B/16, which is a TorchScript file and could hold code, if its hash is right; any other file must be a
-    plain state dict."""
+def load_clip(path, official):
+    """A state dict of CLIP: OpenAI's archive of ViT-B/16, which is a TorchScript file and could hold code, if its hash is right; any other file must
+    be a plain state dict. official: nothing but that archive will do."""
     try:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -522,30 +549,41 @@ def load_clip(path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if digest == CLIP_SHA256:
         return torch.jit.load(path, map_location="cpu").state_dict()
-    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        raise UserError(f"{path}: a TorchScript file with sha256 {digest[:12]}..., not OpenAI's ViT-B/16 ({CLIP_SHA256[:12]}...), so it is not opened: it could hold code. Download "
-                        f"it again, or save the state dict of another model as a plain file")
+    script = False
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        script = any("/code/" in name for name in archive.namelist())
+    if official or script:
+        raise UserError(f"{path}: its sha256 {digest[:12]}... is not that of OpenAI's ViT-B/16 ({CLIP_SHA256[:12]}...), so it is not opened: a TorchScript file could "
+                        f"hold code. Remove it and download it again; of another model give a file of its plain state dict")
     return load_file(path)
 
 
 def open_teacher(word, output, grid):
     """A word of --teacher -> Teacher; says what it is. grid: the student's."""
-    kind, _, path = word.partition(":")
+    kind, colon, path = word.partition(":")
     if kind not in ("clip", "dino"):
+        if not Path(word).exists():
+            raise UserError(f"--teacher {word}: no such file, nor clip, clip:FILE, dino or dino:FILE")
         vit, info = load_encoder(word)
         teacher = Teacher(vit, info["mean"], info["std"])
     else:
+        if colon and not path:
+            raise UserError(f"--teacher {word}: names no file")
         path = path or download(kind)
-        state = load_clip(path) if kind == "clip" else load_file(path)
+        state = load_clip(path, official=not colon) if kind == "clip" else load_file(path)
         try:
             teacher = clip_visual(state) if kind == "clip" else dino(state)
-        except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError, AttributeError, RuntimeError) as error:
-            raise UserError(f"--teacher {word}: not {'the visual ViT of CLIP' if kind == 'clip' else 'a ViT of DINO'} ({' '.join(str(error).split())[:120]})") from None
+        except Exception as error:  # a file of something else makes them raise all kinds
+            what = "the visual ViT of CLIP" if kind == "clip" else "a ViT of DINO"
+            raise UserError(f"--teacher {word}: not {what} ({' '.join(str(error).split())[:120]})") from None
+    config, own = teacher.vit.config, teacher.vit.grid
+    if config["channels"] != len(MEAN):
+        raise UserError(f"--teacher {word}: takes images of {config['channels']} channels, not {len(MEAN)}")
     if output == "projected" and teacher.projection is None:
         raise UserError(f"--teacher-output projected: only CLIP has a projection, {word} has none")
-    config, own = teacher.vit.config, teacher.vit.grid
     resized = f", resized to our {grid[0]} x {grid[1]}" if own != grid else ""
-    say(f"teacher {word}: ViT {config['width']} wide, {config['depth']} blocks; sees {' x '.join(map(str, config['image_size']))} pixels, {own[0]} x {own[1]} patches{resized}")
+    say(f"teacher {word}: ViT {config['width']} wide, {config['depth']} blocks; sees {' x '.join(map(str, config['image_size']))} pixels, "
+        f"{own[0]} x {own[1]} patches{resized}")
     return teacher
 
 

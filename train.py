@@ -34,6 +34,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from cae import CAE, DVAE
@@ -94,6 +95,8 @@ def check_ranges(parser, args, ranges=RANGES):
         value = getattr(args, flag, None)
         if value is not None and not least <= value < bound:  # so written, NaN is refused too
             parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
+    if args.image_size and len(args.image_size) > 2:
+        parser.error(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
 
@@ -210,16 +213,18 @@ def wrap(model, args, device, *example):
 def load_weights(model, path):
     """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published file of MAE or MCMAE, for CAE of CAE -> what was filled (see vit.fill)."""
     state = load_file(path)
-    if not isinstance(state, dict):
-        raise UserError(f"--init {path}: holds no weights by name")
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
-    if "state_dict" in state:  # encoder.pt
-        weights, shape = {"encoder." + name: value for name, value in state["state_dict"].items()}, state.get("config", {})
-    elif "global_batch" in state:  # checkpoint.pt
-        weights, shape = state["model"], state["args"]
-    else:
-        weights, shape = (from_official_cae if isinstance(model, CAE) else from_published)(state), {}
+    try:
+        if "state_dict" in state:  # encoder.pt
+            weights, shape = {"encoder." + name: value for name, value in state["state_dict"].items()}, state.get("config", {})
+        elif "global_batch" in state:  # checkpoint.pt
+            weights, shape = state["model"], state["args"]
+        else:
+            weights, shape = (from_official_cae if isinstance(model, CAE) else from_published)(state), {}
+        weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    except (AttributeError, KeyError, TypeError):  # lists, numbers ... where dicts by name should be
+        raise UserError(f"--init {path}: holds no weights by name") from None
     return fill(model, weights, shape, f"--init {path}")
 
 
@@ -543,7 +548,7 @@ def train(args, argv, device):
     if done == batches.steps:
         if folder:  # again, because --segment-export may have changed
             write_export(run)
-        farewell(run, done)
+        farewell(run)
         return int(bool(folder and folder.failed))
     if val_set and len(val_set) >= args.batch_size and args.val_images >= args.batch_size:
         held_out = some_images(val_set, args.image_size, args.val_images)
@@ -552,11 +557,14 @@ def train(args, argv, device):
         folder.cut_log(done)
         announce(run, held_out)
 
-    return work(run, Samples(train_set, train_transform(args), args.seed), sums, partial(report, held_out=held_out), farewell)
+    code = work(run, Samples(train_set, train_transform(args), args.seed), sums, partial(report, held_out=held_out))
+    if not code:
+        farewell(run)
+    return code
 
 
-def work(run, samples, sums, report, farewell):
-    """A run from its first step here to its last words: loader, signals, loop -> exit code."""
+def work(run, samples, sums, report):
+    """A run from its first step here to its last one: loader, signals, loop -> exit code."""
     batches, stop, broken = run.batches, [], BrokenImages()
     signals = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, signal.SIG_IGN) for number in signals]  # the loader's processes inherit this: they must outlive the save
@@ -568,7 +576,8 @@ def work(run, samples, sums, report, farewell):
     finally:
         for number, handler in zip(signals, before):
             signal.signal(number, handler)
-    farewell(run, done)
+    if run.folder and done < batches.steps:
+        print(f"stopped after step {done} of {batches.steps}; {run.args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
     if broken.too_many:
         raise broken.error()
     if run.folder and run.folder.failed:
@@ -596,13 +605,10 @@ def announce(run, held_out):
           f"data: {args.data}, {batches.length} images, {val}; {args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {batches.start}", flush=True)
 
 
-def farewell(run, done):
-    """The last line: what there is now, and what to run next."""
+def farewell(run):
+    """The last line of a finished run: what there is now, and what to run next."""
     args, steps = run.args, run.batches.steps
     if not run.folder:
-        return
-    if done < steps:
-        print(f"stopped after step {done} of {steps}; {args.out} holds the last checkpoint, and the same command resumes from it", flush=True)
         return
     made = getattr(run.model, "export_file", "encoder.pt")
     following = (f"Predict its ids: python train.py --method cae --target dvae:{args.out}/tokenizer.pt --out {args.out}-cae" if made == "tokenizer.pt" else
@@ -637,7 +643,8 @@ def draw(args, argv, device):
         encoder, info = load_encoder(path)
         if not encoder.first:
             raise UserError(f"--beside {path}: has no class token, so there is no attention of it")
-        maps = cls_attention(encoder.to(device), normalize(images.to(device), info["mean"], info["std"])).cpu()
+        seen = v2.functional.resize(images.to(device), info["config"]["image_size"], antialias=True)  # each at the size that it was trained at
+        maps = cls_attention(encoder.to(device), normalize(seen, info["mean"], info["std"])).cpu()
         panels, titles = torch.cat([panels, attention_panel(maps, images)], dim=1), [*titles, f"CLS of\n{info['method']}"]
     if dist.get_rank() == 0:
         path = folder / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"

@@ -13,9 +13,9 @@ Letters, used in every file:
     B images            G = B r groups of images (MixedAE)     n = 1/r images in a group
     L patches           V visible, U hidden patches            N tokens that a block sees (patches + CLS)
     D width             H heads                                K keys that TopK keeps
-    C channels          p patch size in pixels                 P = C p p values of a patch
+    C channels          p patch size in pixels                 P = C p p values of a patch     Dt width of a teacher's features (MR-MAE)
     Dd decoder width    D_h = D / H, width of a head           (H and W are the image's height and width in (B, C, H, W))
-MixedAE writes P for our p and P^2 C for our P; MR-MAE writes l_v, l_m, C for our V, U, D and p^2 for our P.
+MixedAE writes P for our p and P^2 C for our P; MR-MAE writes l_v, l_m for our V, U, C for our D and Dt, p^2 for our P.
 Batch first, tokens last but one, always. A `hidden` mask is True where a patch is hidden, always. Images need not be square.
 """
 import argparse
@@ -59,10 +59,11 @@ SIZES = {  # encoder width, depth, heads; decoder width, depth, heads
     "large": (1024, 24, 16, 512, 8, 16),  # ViT
     "huge": (1280, 32, 16, 512, 8, 16),  # ViT
 }
-STEM_SIZES = {  # with the convolution stem: widths, depths and MLP ratios of its two stages; depth of the transformer behind them
-    "micro": ([32, 64], [1, 1], [4.0, 4.0], 4),  # ours
-    "base": ([256, 384], [2, 2], [4.0, 4.0], 11),  # MCMAE, the one size that its authors have
+STEM_SIZES = {  # with the convolution stem: widths and depths of its two stages, depth of the transformer behind them
+    "micro": ([32, 64], [1, 1], 4),  # ours
+    "base": ([256, 384], [2, 2], 11),  # MCMAE, the one size that its authors have
 }
+STEM_FLAGS = ("stem_widths", "stem_depths", "depth")
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
 
@@ -72,7 +73,7 @@ def add_size_args(parser, encoder=True, decoder=True):
     group.add_argument("--image-size", type=int, nargs="+", default=[64], metavar="PIXELS", help="H, or H W; multiples of the patch")
     if not encoder:
         return
-    group.add_argument("--patch-size", type=int, help="pixels; the papers use 16 at 224 pixels [8; with --stem conv 16]")
+    group.add_argument("--patch-size", type=int, help="pixels; the papers use 16 at 224 pixels [8]")
     group.add_argument("--size", choices=SIZES, default="micro", help="a named size; the six flags below win over it")
     group.add_argument("--width", type=int, help="D, width of the encoder")
     group.add_argument("--depth", type=int, help="blocks of the encoder")
@@ -85,40 +86,25 @@ def add_size_args(parser, encoder=True, decoder=True):
 
 
 def resolve_sizes(args, sizes=SIZES):
-    """Make every size in `args` explicit, in place: image_size [H, W], and the six numbers of `--size` that were not given."""
-    if len(args.image_size) > 2:
-        raise UserError(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
+    """Make every size in `args` explicit, in place: image_size [H, W], and of the others those that were not given."""
     args.image_size = [args.image_size[0], args.image_size[-1]]
     if not hasattr(args, "size"):  # no ViT
         return
-    conv = getattr(args, "stem", "patch") == "conv"
-    if conv:
-        resolve_stem(args)
-    if args.patch_size is None:
-        args.patch_size = 16 if conv else 8
-    for flag, value in zip(SIZE_FLAGS, sizes[args.size]):
+    named = {"patch_size": 8, **dict(zip(SIZE_FLAGS, sizes[args.size]))}
+    if getattr(args, "stem", "patch") == "conv":
+        if args.patch_size not in (None, 16):
+            raise UserError(f"--patch-size {args.patch_size}: with --stem conv it is 16 = 4 x 2 x 2, the strides of its stages; leave the flag out")
+        missing = [f"--{flag.replace('_', '-')}" for flag in STEM_FLAGS if getattr(args, flag) is None]
+        if missing and args.size not in STEM_SIZES:
+            raise UserError(f"--stem conv has no size {args.size} of its own (but {', '.join(STEM_SIZES)}): give {', '.join(missing)} too")
+        named |= {"patch_size": 16, **dict(zip(STEM_FLAGS, STEM_SIZES.get(args.size, ())))}
+    for flag, value in named.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    for flag in ("patch_size", *SIZE_FLAGS):
-        least = 0 if flag == "decoder_depth" else 1
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
-
-
-def resolve_stem(args):
-    """The sizes of `--stem conv` that were not given, in place."""
-    if args.patch_size not in (None, 16):
-        raise UserError(f"--patch-size {args.patch_size}: with --stem conv it is 16 = 4 x 2 x 2, the strides of its stages; leave the flag out")
-    flags = ("stem_widths", "stem_depths", "stem_mlp_ratios", "depth")
-    missing = [flag for flag in flags if getattr(args, flag) is None]
-    if missing and args.size not in STEM_SIZES:
-        raise UserError(f"--stem conv has no size {args.size} of its own ({', '.join(STEM_SIZES)}): give --{', --'.join(missing).replace('_', '-')} too; README.md has examples")
-    for flag, value in zip(flags, STEM_SIZES.get(args.size, ())):
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    for flag in ("stem_widths", "stem_depths", "stem_mlp_ratios"):
-        if min(getattr(args, flag)) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} {' '.join(map(str, getattr(args, flag)))}: must be above 0")
+        given, least = getattr(args, flag), 0 if flag == "decoder_depth" else 1
+        given = given if isinstance(given, list) else [given]
+        if min(given) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {' '.join(map(str, given))}: must be at least {least}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,8 +157,8 @@ def take(tokens, ids):
 # --------------------------------------------------------------------------------------------------------------------
 # Positions
 # --------------------------------------------------------------------------------------------------------------------
-def sincos_positions(dim, grid):
-    """MAE's fixed 2-D sine-cosine table (1, 1 + L, dim) for grid (h, w); the CLS row is zero.
+def sincos_positions(dim, grid, first=1):
+    """MAE's fixed 2-D sine-cosine table (1, first + L, dim) for grid (h, w); the row of CLS, if there is one (first = 1), is zero.
 
     The first half of the channels encodes the column, the second half the row. Each half is [sin | cos] of the coordinate
     times 10000^(-k / (dim / 4)), k = 0 .. dim/4 - 1, computed in float64.
@@ -183,7 +169,7 @@ def sincos_positions(dim, grid):
     rows, columns = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in grid), indexing="ij")
     angles = [c.flatten().outer(frequencies) for c in (columns, rows)]  # two of (L, dim / 4)
     table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)  # (L, dim)
-    return F.pad(table, (0, 0, 1, 0)).unsqueeze(0).float()  # (1, 1 + L, dim)
+    return F.pad(table, (0, 0, first, 0)).unsqueeze(0).float()  # (1, first + L, dim)
 
 
 def resize_tokens(tokens, old_grid, new_grid, **how):
@@ -304,13 +290,11 @@ class Block(nn.Module):
         self.recompute, self.drop_path = False, 0.0
 
     def residuals(self, x):  # (B, N, D)
-        x = x + self.drop(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
+        def drop(branch):
+            return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
 
-    def drop(self, branch):
-        if not self.drop_path:
-            return branch
-        return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
+        x = x + drop(self.ls1(self.attn(self.norm1(x))))
+        return x + drop(self.ls2(self.mlp(self.norm2(x))))
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
@@ -344,16 +328,9 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
-class ConvEmbed(nn.Module):
+def conv_embed(channels, width, k):
     """A patch embedding of MCMAE: non-overlapping k x k convolution, LayerNorm over channels, GELU. (B, C, h, w) -> (B, width, h / k, w / k)."""
-
-    def __init__(self, channels, width, k):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=k, stride=k)
-        self.norm = LayerNorm2d(width, eps=1e-5)
-
-    def forward(self, x):
-        return F.gelu(self.norm(self.proj(x)))
+    return nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, kernel_size=k, stride=k), norm=LayerNorm2d(width, eps=1e-5), gelu=nn.GELU()))
 
 
 class ConvBlock(nn.Module):
@@ -365,7 +342,7 @@ class ConvBlock(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.norm1 = LayerNorm2d(dim, eps=1e-5)  # not the transformer's 1e-6
         self.conv1 = nn.Conv2d(dim, dim, 1)
-        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)  # MCMAE's name; no attention
         self.conv2 = nn.Conv2d(dim, dim, 1)
         self.norm2 = LayerNorm2d(dim, eps=1e-5)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Conv2d(dim, hidden, 1), gelu=nn.GELU(), fc2=nn.Conv2d(hidden, dim, 1)))
@@ -394,9 +371,9 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels, width, widths, depths, mlp_ratios):
         super().__init__()
-        self.embed1, self.embed2, self.embed3 = ConvEmbed(channels, widths[0], 4), ConvEmbed(widths[0], widths[1], 2), ConvEmbed(widths[1], width, 2)
+        self.embed1, self.embed2, self.embed3 = conv_embed(channels, widths[0], 4), conv_embed(widths[0], widths[1], 2), conv_embed(widths[1], width, 2)
         self.blocks1, self.blocks2 = (nn.ModuleList(ConvBlock(w, ratio) for _ in range(depth)) for w, depth, ratio in zip(widths, depths, mlp_ratios))
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)  # MCMAE's patch_embed4
         nn.init.xavier_uniform_(self.embed3.proj.weight.view(width, -1))  # as MCMAE's code; its other convolutions keep PyTorch's default
         self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
 
@@ -434,7 +411,7 @@ class ViT(nn.Module):
         self.first = int(class_token)  # where the patches begin among the tokens
         self.patch_embed = ConvStem(channels, width, **stem) if stem else PatchEmbed(patch_size, channels, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02)) if class_token else None
-        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid)[:, 1 - self.first :], requires_grad=False)  # (1, 1 + L, D); without CLS (1, L, D)
+        self.pos_embed = nn.Parameter(sincos_positions(width, self.grid, self.first), requires_grad=False)  # (1, 1 + L, D); without CLS (1, L, D)
         self.resize = resize_positions  # for another image size; DINO has a rule of its own
         self.norm_pre = nn.Identity()  # CLIP has one
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
@@ -524,7 +501,7 @@ class Decoder(nn.Module):
         self.first = encoder.first  # where the patches begin among the tokens
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(sincos_positions(width, encoder.grid)[:, 1 - self.first :], requires_grad=False)  # (1, 1 + L, Dd)
+        self.pos_embed = nn.Parameter(sincos_positions(width, encoder.grid, self.first), requires_grad=False)  # (1, 1 + L, Dd); without CLS (1, L, Dd)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, encoder.config["channels"] * encoder.patch_size**2)  # P
@@ -571,8 +548,8 @@ def load_file(path, allowed=()):
         raise UserError(f"{path}: is a folder; give a file in it") from None
     except pickle.UnpicklingError as error:
         if "persistent_load" in str(error):
-            raise UserError(f"{path}: a whole module as torch before 1.6 wrote it, which only free unpickling opens. If you trust it, convert it once, where nothing is "
-                            f"at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)") from None
+            raise UserError(f"{path}: a whole module as torch before 1.6 wrote it, which only free unpickling opens. If you trust it, convert it once, where "
+                            f"nothing is at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)") from None
         reason = re.search(r"Unsupported global: GLOBAL (\S+)|Trying to load unsupported GLOBAL (\S+)", str(error))
         found = f" ({reason.group(1) or reason.group(2)})" if reason else ""
         raise UserError(f"{path}: holds more than tensors and plain values{found}, so it is not opened; use a file of plain weights") from None
@@ -606,7 +583,10 @@ def read_shape(weights):
     Raises KeyError, ValueError, IndexError, TypeError or ZeroDivisionError where they are no ViT.
     """
     def layers(prefix):
-        return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix))
+        numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in weights if name.startswith(prefix)}
+        if numbers != set(range(len(numbers))) or not numbers:
+            raise ValueError(f"{prefix} has gaps")
+        return len(numbers)
 
     def mlp_ratio(block):
         return weights[f"{block}.mlp.fc1.weight"].shape[0] / weights[f"{block}.norm1.weight"].shape[0]
@@ -639,6 +619,7 @@ def fill(model, weights, shape, source):
     wrong = [f"{key} {shape[key]} (here {config[key]})" for key in ("width", "depth", "heads", "patch_size")
              if shape.get(key, config[key]) != config[key]]
     wrong += [f"no {name}" for name in names if name not in weights]
+    wrong += [f"{name}, which is not here" for name in weights if name.startswith(("encoder.blocks.", "encoder.patch_embed.")) and name not in own]
     if not wrong:
         for name in (name for name in names if name.endswith("pos_embed")):
             side = math.isqrt(weights[name].shape[1] - model.encoder.first)  # files that say nothing of their shape are square
@@ -667,7 +648,9 @@ def unpack_encoder(packed, source="encoder"):
         encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
         encoder.load_state_dict(packed["state_dict"])
         info = {key: packed[key] for key in ("config", "method", "feature", "mean", "std")}
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        if not len(info["mean"]) == len(info["std"]) == encoder.config["channels"] or not all(value > 0 for value in info["std"]):
+            raise ValueError(f"mean {info['mean']}, std {info['std']}")
+    except Exception as error:  # a damaged or foreign file makes them raise all kinds
         raise UserError(f"{source}: not a whole encoder.pt ({' '.join(str(error).split())[:150]})") from None
     return encoder.eval(), info
 

@@ -1,5 +1,6 @@
 """MCMAE, CLIP and DINO against reference numbers of their authors' code, and the facts of MR-MAE Sec. 3.2 and 3.3."""
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import data
 import mrmae
 import train
 import vit
-from conftest import assert_gradients, build, randomize, run
+from conftest import ROOT, assert_gradients, build, randomize, run
 from vit import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +52,19 @@ def test_mcmae_forward_and_gradients_are_the_authors(mcmae):
     assert_close(loss, MCMAE["loss"], atol=5e-6, rtol=0)
     loss.backward()
     assert_gradients(mcmae, mrmae.from_official_mcmae(MCMAE["grads"]), 5e-6)
+
+
+def test_init_from_a_published_file(mcmae, tmp_path):
+    torch.save({"model": MCMAE["state_dict"]}, tmp_path / "mcmae.pth")
+    model = randomize(build("mae", *MCMAE_SIZES))
+    assert train.load_weights(model, tmp_path / "mcmae.pth") == "the whole model"
+    assert all(torch.equal(value, mcmae.state_dict()[name]) for name, value in model.state_dict().items())
+    wider = build("mae", *MCMAE_SIZES, "--image-size", 64, 96)  # the tables are resized
+    assert train.load_weights(wider, tmp_path / "mcmae.pth") == "the whole model" and wider.encoder.pos_embed.shape == (1, 24, 48)
+    with pytest.raises(UserError, match="does not fit this MAE"):
+        train.load_weights(build("mae", *MCMAE_SIZES, "--stem-widths", 16, 32), tmp_path / "mcmae.pth")
+    with pytest.raises(UserError, match="does not fit this MAE"):
+        train.load_weights(build("mae", "--image-size", 64, "--patch-size", 16, "--width", 48, "--heads", 4), tmp_path / "mcmae.pth")
 
 
 def test_the_finer_stages_get_the_mask_of_the_token_grid(mcmae):
@@ -328,20 +342,34 @@ def test_fusion_sums_the_raw_outputs_of_the_asked_blocks(teacher_file):
     assert_close(alone.predict(images, mask)["latent"], alone.encoder.encode(vit.take(alone.encoder.embed(images), vit.visible_ids(mask))))
 
 
-ROWS = ["", "--visible random --fuse-layers 2", "--fuse-layers 2", "--mimic-at decoder", "--recon-weight 0", "--mimic-at decoder --recon-weight 0", "--visible sampled", "--joint",
-        "--patch-size 16 --image-size 64 --stem conv --stem-widths 8 12 --stem-depths 1 1 --stem-mlp-ratios 2 2", "--no-norm-pix", "--teacher-output pre_ln"]
+def ablations():
+    """The rows of Tables 3 and 4 that are flags of mrmae, as the README gives them, and modes that no table varies."""
+    rows = re.findall(r"^\| (Table [34]) \| (.+?) \| (?:`(--[^`]+)`|defaults) \|", (ROOT / "README.md").read_text(), re.M)
+    assert [row for _, row, _ in rows] == ["+ L_M", "+ focused mimic", "+ multi-layer fusion", "both at the decoder", "mimic only", "+ masked convolution", "DINO", "CLIP", "joint"]
+    rows += [("", "features alone at the decoder", "--mimic-at decoder --recon-weight 0"), ("", "sampled", "--visible sampled"), ("", "raw pixels", "--no-norm-pix"),
+             ("", "pre_ln", "--teacher-output pre_ln")]
+    conv = "--stem conv --patch-size 16 --image-size 64 --stem-widths 8 12 --stem-depths 1 1 --stem-mlp-ratios 2 2"
+    # of 12 blocks, as in the paper, for the layers' numbers; TEACHER: a file of the test that asks
+    return {f"{table} {row}": re.sub(r"\b(clip|dino)\b", "TEACHER", flags.replace("--stem conv", conv)) + " --depth 12" for table, row, flags in rows}
 
 
-@pytest.mark.parametrize("flags", ROWS)
+ROWS = ablations()
+
+
+def flags_of(row, teacher_file):
+    """A row's flags, with a teacher if it names none."""
+    return ["--teacher", str(teacher_file), *(str(teacher_file) if flag == "TEACHER" else flag for flag in row.split())]
+
+
+@pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
 def test_every_row_trains_every_parameter(flags, teacher_file):
-    teachers = [teacher_file, teacher_file] if flags == "--joint" else [teacher_file]
-    model = build("mrmae", *flags.replace("--joint", "").split(), "--teacher", *teachers).train()
+    model = build("mrmae", *flags_of(flags, teacher_file)).train()
     images = torch.randn(4, 3, *model.encoder.config["image_size"])
     loss, metrics = model(images)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     assert ("recon" in metrics) == ("--recon-weight 0" not in flags) and "mimic" in metrics
-    assert (model.decoder is None) == (flags == "--recon-weight 0")
+    assert (model.decoder is None) == ("--recon-weight 0" in flags and "--mimic-at" not in flags)
     pictures, _ = model.eval().visualize(images)
     assert pictures.shape[1] == len(model.panels) and 0 <= pictures.min() and pictures.max() <= 1
 
@@ -396,8 +424,8 @@ def clip_64():
 def test_openais_archive_is_opened_only_with_the_right_hash(clip_64, tmp_path, monkeypatch):
     path = tmp_path / "clip.pt"
     torch.jit.script(Archive(clip_64)).save(path)
-    with pytest.raises(UserError, match="clip.pt: a TorchScript file with sha256 .* not opened"):
-        mrmae.load_clip(path)
+    with pytest.raises(UserError, match="clip.pt: its sha256 .* is not that of OpenAI's .* not opened"):
+        mrmae.load_clip(path, official=False)
     monkeypatch.setattr(mrmae, "CLIP_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     teacher = mrmae.open_teacher(f"clip:{path}", "projected", (4, 4))
     torch.save(clip_64, tmp_path / "plain.pt")
@@ -412,12 +440,23 @@ def test_a_download_is_cached_and_verified(clip_64, tmp_path, monkeypatch):
     monkeypatch.setitem(mrmae.URLS, "clip", source.as_uri())
     with pytest.raises(UserError, match="(?s)could not be downloaded .*invalid hash.* give --teacher clip:FILE"):
         mrmae.open_teacher("clip", "post_ln", (4, 4))
-    assert not (tmp_path / "hub" / "checkpoints" / "source.pt").exists()
+    cached = tmp_path / "hub" / "checkpoints" / "source.pt"
+    assert not cached.exists()
+    cached.write_bytes(source.read_bytes())  # somebody put another file there
+    with pytest.raises(UserError, match="its sha256 .* Remove it"):
+        mrmae.open_teacher("clip", "post_ln", (4, 4))
+    cached.unlink()
     monkeypatch.setattr(mrmae, "CLIP_SHA256", hashlib.sha256(source.read_bytes()).hexdigest())
     monkeypatch.setattr(torch.jit, "load", lambda path, map_location: type("Archive", (), {"state_dict": lambda self: vit.load_file(path)})())
     assert mrmae.open_teacher("clip", "post_ln", (4, 4)).vit.width == 64
     source.unlink()
     assert mrmae.open_teacher("clip", "post_ln", (4, 4)).vit.width == 64  # from the cache
+    torch.save(DINO["state_dict"], tmp_path / "half.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:9000])
+    monkeypatch.setitem(mrmae.URLS, "dino", (tmp_path / "half.pth").as_uri())
+    with pytest.raises(UserError, match="(?s)half.pth could not be downloaded .*cannot be read"):
+        mrmae.open_teacher("dino", "post_ln", (4, 4))
+    assert not (tmp_path / "hub" / "checkpoints" / "half.pth").exists()  # half a file does not stay
 
 
 def one_line(capsys, *words):
@@ -434,11 +473,21 @@ def test_mistakes_get_one_line(teacher_file, clip_64, folder, tmp_path, capsys, 
     torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
     torch.save({**DINO["state_dict"], "norm.bias": torch.zeros(3)}, tmp_path / "odd.pth")
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 1, 2, class_token=False), "mae", "mean", data.MEAN, data.STD), tmp_path / "without-cls.pt")
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 1, 2, channels=1), "mae", "mean", (0.5,), (0.5,)), tmp_path / "grey.pt")
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 1, 2), "mae", "mean", data.MEAN, (0, 0, 0)), tmp_path / "no-std.pt")
+    (tmp_path / "broken.zip").write_bytes((tmp_path / "clip.pt").read_bytes().replace(b"PK\x01\x02", b"PK\x09\x09"))
+    torch.save({**clip_64, "visual.proj": torch.zeros(5, 6)}, tmp_path / "projection.pt")
     teacher = ("--teacher", teacher_file)
     conv = ("--patch-size", 16, "--image-size", 64, "--stem", "conv")
     for flags, words in (
-        ((), ("--teacher", "runs/mixedae/encoder.pt", "clip or dino")),
-        (("--teacher", *[teacher_file] * 3), ("one or two, not 3",)),
+        ((), ("--teacher", "runs/mixedae/encoder.pt", "one or two (now 0)")),
+        (("--teacher", *[teacher_file] * 3), ("one or two (now 3)",)),
+        (("--teacher", "CLIP"), ("--teacher CLIP: no such file, nor clip,",)),
+        (("--teacher", "clip:"), ("--teacher clip:: names no file",)),
+        (("--teacher", tmp_path / "grey.pt"), ("1 channels, not 3",)),
+        (("--teacher", tmp_path / "no-std.pt"), ("not a whole encoder.pt", "std")),
+        (("--teacher", f"clip:{tmp_path / 'broken.zip'}"), ("broken.zip: cannot be read",)),
+        (("--teacher", f"clip:{tmp_path / 'projection.pt'}"), ("proj (5, 6) for a width of 64",)),
         (("--teacher", tmp_path / "none.pt"), ("none.pt: no such file",)),
         (("--teacher", f"clip:{tmp_path / 'none.pt'}"), ("none.pt: cannot be read",)),
         (("--teacher", f"dino:{tmp_path / 'none.pt'}"), ("none.pt: no such file",)),
@@ -462,8 +511,10 @@ def test_mistakes_get_one_line(teacher_file, clip_64, folder, tmp_path, capsys, 
         ((*teacher, *conv, "--patch-size", 8), ("--patch-size 8", "4 x 2 x 2")),
         ((*teacher, *conv, "--image-size", 60), ("image size 60 x 60", "patch size 16")),
         ((*teacher, *conv, "--size", "large"), ("--stem conv has no size large", "--stem-widths")),
-        ((*teacher, *conv, "--stem-depths", 0, 1), ("--stem-depths 0 1", "above 0")),
+        ((*teacher, *conv, "--stem-depths", 0, 1), ("--stem-depths 0 1", "at least 1")),
+        ((*teacher, *conv, "--stem-mlp-ratios", "nan", 2), ("--stem-mlp-ratios nan",)),
         ((*teacher, "--mlp-ratio", 0), ("--mlp-ratio 0.0",)),
+        ((*teacher, "--decoder-mlp-ratio", "inf"), ("--decoder-mlp-ratio inf",)),
     ):
         run("--method", "mrmae", "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, *words)

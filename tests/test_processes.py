@@ -21,6 +21,8 @@ import vit
 from conftest import ROOT, TINY
 from test_cae import ROWS as CAE_ROWS
 from test_mixedae import ROWS
+from test_mrmae import ROWS as MRMAE_ROWS
+from test_mrmae import flags_of
 from test_train import checkpoint, rows, same_weights, without_clock
 
 KILLS = int(os.environ.get("KILLS", 1))
@@ -88,23 +90,26 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
 
 def test_two_processes_equal_one_for_given_masks(tmp_path):
     """The gradient over a batch is the mean of those over its halves, through the real wrapping: each method, each row of the ablations."""
-    script = tmp_path / "script.py"
+    script, teacher = tmp_path / "script.py", tmp_path / "teacher.pt"
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 2, 2), "mae", "cls", data.MEAN, data.STD), teacher)
+    table = [["mixedae", *flags] for flags in ROWS.values()] + [["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()]
+    table += [["mrmae", *flags_of(row, teacher)] for row in MRMAE_ROWS.values()] + [["mae"], ["mixedae"]]
+    table += [["mae", *"--patch-size 16 --image-size 64 --stem conv --stem-widths 8 12 --stem-depths 1 1".split()]]
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import gc, torch, train, torch.distributed as dist
 
-rows = {[["mixedae", *flags] for flags in ROWS.values()] + [["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()]!r}
-for method, *flags in [["mae"], ["mixedae"], *rows]:
+for method, *flags in {table!r}:
     args = train.parse_args(["--method", method, *{TINY!r}, *flags])
     if not dist.is_initialized():
         device = train.start_processes(args)
     torch.manual_seed(0)
     alone = train.METHODS[method](args)
     torch.manual_seed(0)
-    wrapped = train.wrap(train.METHODS[method](args), args, device, torch.zeros(8, 3, 16, 16))
+    wrapped = train.wrap(train.METHODS[method](args), args, device, torch.zeros(8, 3, *args.image_size))
     assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
-    images = torch.randn(16, 3, 16, 16)
+    images = torch.randn(16, 3, *args.image_size)
     mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
     alone(images, mask)[0].backward()
     r = dist.get_rank()
@@ -116,10 +121,10 @@ for method, *flags in [["mae"], ["mixedae"], *rows]:
 gc.collect()
 dist.barrier()
 dist.destroy_process_group()
-print("equal")
+print("all gradients agree")
 """)
     output = to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
-    assert output.count("equal") == 2
+    assert output.count("all gradients agree") == 2
 
 
 def test_under_torchrun_a_mistake_is_said_once():

@@ -236,7 +236,12 @@ def test_init_takes_weights_alone(reference, folder, tmp_path, capsys):
     torch.save({"model": {**encoder_only, "cls_token": torch.zeros(1, 1, 8)}}, tmp_path / "odd.pth")
     del encoder_only["blocks.1.mlp.fc1.weight"]
     torch.save({"model": encoder_only}, tmp_path / "holes.pth")
-    for file, words in (("odd.pth", "cls_token .1, 1, 8."), ("holes.pth", "no encoder.blocks.1.mlp.fc1.weight")):
+    torch.save({"model": {**golden["state_dict"], "blocks.0.ls1.gamma": torch.ones(48)}}, tmp_path / "more.pth")  # an encoder that computes something else
+    torch.save({"model": 3}, tmp_path / "number.pth")
+    torch.save([1], tmp_path / "list.pth")
+    torch.save({"state_dict": [1]}, tmp_path / "no-names.pth")
+    for file, words in (("odd.pth", "cls_token .1, 1, 8."), ("holes.pth", "no encoder.blocks.1.mlp.fc1.weight"), ("more.pth", "blocks.0.ls1.gamma, which is not here"),
+                        *((f"{name}.pth", "holds no weights by name") for name in ("number", "list", "no-names"))):
         with pytest.raises(UserError, match=words):
             train.load_weights(build("mixedae", *sizes), tmp_path / file)
     run("--method", "mae", "--data", folder, "--out", tmp_path / "run", "--init", tmp_path / "mae.pth", code=2)
