@@ -240,9 +240,9 @@ class Teacher(nn.Module):
     list, so they are no part of its state dict, optimizer, DDP or train().
     """
 
-    def __init__(self, vit, mean, std, projection=None):
+    def __init__(self, vit, mean, std, name, projection=None):
         super().__init__()
-        self.vit, self.mean, self.std = vit, mean, std
+        self.vit, self.mean, self.std, self.name = vit, mean, std, name
         self.register_buffer("projection", projection)
         self.requires_grad_(False).eval()
 
@@ -353,8 +353,7 @@ class MRMAE(MAE):
         width = args.decoder_width if self.mimic_at == "decoder" else args.width
         outputs = [len(t.projection.T) if self.output == "projected" else t.vit.width for t in self.teachers]  # Dt
         self.mimic_heads = nn.ModuleList(nn.Linear(width, Dt) for Dt in outputs).apply(init_weights)  # L of Eq. 2
-        self.panels[1:1] = [f"attention of\nteacher {word.partition(':')[0].removesuffix('/encoder.pt')[-16:]}"
-                            for word, teacher in zip(args.teacher, self.teachers) if teacher.vit.first]
+        self.panels[1:1] = [f"attention of\nteacher {teacher.name}" for teacher in self.teachers if teacher.vit.first]
         if not self.recon_weight:
             self.panels.pop()  # no prediction, no reconstruction
 
@@ -500,7 +499,7 @@ def clip_visual(state_dict, heads=None):
     vit.load_state_dict(weights)
     if projection is not None and (projection.ndim != 2 or len(projection) != vit.width):
         raise ValueError(f"proj {tuple(projection.shape)} for a width of {vit.width}")
-    return Teacher(vit, CLIP_MEAN, CLIP_STD, None if projection is None else projection.float())
+    return Teacher(vit, CLIP_MEAN, CLIP_STD, "clip", None if projection is None else projection.float())
 
 
 def dino_positions(table, old_grid, new_grid):
@@ -515,7 +514,7 @@ def dino(state_dict, heads=None):
     vit = vit_of(weights, heads)
     vit.load_state_dict(weights)
     vit.resize = dino_positions
-    return Teacher(vit, MEAN, STD)
+    return Teacher(vit, MEAN, STD, "dino")
 
 
 def download(kind):
@@ -565,7 +564,7 @@ def open_teacher(word, output, grid):
         if not Path(word).exists():
             raise UserError(f"--teacher {word}: no such file, nor clip, clip:FILE, dino or dino:FILE")
         vit, info = load_encoder(word)
-        teacher = Teacher(vit, info["mean"], info["std"])
+        teacher = Teacher(vit, info["mean"], info["std"], info["method"])
     else:
         if colon and not path:
             raise UserError(f"--teacher {word}: names no file")

@@ -645,7 +645,7 @@ def draw(args, argv, device):
             raise UserError(f"--beside {path}: has no class token, so there is no attention of it")
         seen = v2.functional.resize(images.to(device), info["config"]["image_size"], antialias=True)  # each at the size that it was trained at
         maps = cls_attention(encoder.to(device), normalize(seen, info["mean"], info["std"])).cpu()
-        panels, titles = torch.cat([panels, attention_panel(maps, images)], dim=1), [*titles, f"CLS of\n{info['method']}"]
+        panels, titles = torch.cat([panels, attention_panel(maps, images)], dim=1), [*titles, f"attention of CLS,\n{info['method']}"]
     if dist.get_rank() == 0:
         path = folder / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
         try:
