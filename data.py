@@ -29,6 +29,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -214,6 +215,105 @@ class Shapes:
         return first + wave[..., None] * (second - first)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Scenes: a class for each pixel
+# --------------------------------------------------------------------------------------------------------------------
+IGNORE = 255  # the class of pixels that count for nothing, in training and in testing
+
+
+class Scenes:
+    """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, H, W), Mask uint8 (H, W) of classes 0 .. len(classes) - 1 and IGNORE).
+
+    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png, where 0 is ignored and classes count from 1.
+    """
+
+    def __init__(self, folder, split, classes):
+        self.classes, images = list(classes), Path(folder) / "images" / split
+        self.paths = sorted(str(path) for path in images.glob("*") if path.suffix.lower() in SUFFIXES) if images.is_dir() else []
+        if not self.paths:
+            raise UserError(f"{images}: no images in it")
+        self.masks = [str(Path(folder) / "annotations" / split / f"{Path(path).stem}.png") for path in self.paths]
+        missing = [mask for mask in self.masks if not os.path.isfile(mask)]
+        if missing:
+            raise UserError(f"{folder}: {len(missing)} of {len(self.masks)} masks are missing, the first is {missing[0]}")
+        for i in torch.linspace(0, len(self) - 1, min(len(self), 50)).long().tolist():  # a wrong set of classes shows here, not after an epoch
+            with contextlib.suppress(OSError):  # a broken image is another matter
+                self[i]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        image, mask = decode(self.paths[i]), np.array(Image.open(self.masks[i]))
+        if mask.ndim != 2 or mask.shape != image.shape[-2:]:
+            raise UserError(f"{self.masks[i]}: has the shape {' x '.join(map(str, mask.shape))}, its image {' x '.join(map(str, image.shape[-2:]))}; a mask is one channel of the same size")
+        if mask.min() < 0 or mask.max() > len(self.classes):
+            raise UserError(f"{self.masks[i]}: has the label {mask.max()}; labels are 0 (ignored) to {len(self.classes)}, as many as classes.txt has lines")
+        return image, tv_tensors.Mask(mask.astype(np.uint8) - np.uint8(1))  # 0 becomes 255
+
+    def name(self, i):
+        return self.paths[i]
+
+
+class DrawnScenes(Shapes):
+    """`shapes` as scenes: class 0 is the background."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.shapes, self.classes = self.classes, ["background", *self.classes]
+
+    def __getitem__(self, i):
+        sample = self.draw(i)
+        return sample["image"], tv_tensors.Mask((sample["mask"] * (1 + sample["label"])).to(torch.uint8))
+
+
+def scene_classes(folder):
+    """Names of the classes 1, 2, ..: a line each of classes.txt, or the last column of ADE20K's own objectInfo150.txt."""
+    for name in ("classes.txt", "objectInfo150.txt"):
+        path = Path(folder) / name
+        if path.is_file():
+            lines = [line.strip().split("\t")[-1].strip() for line in path.read_text().splitlines() if line.strip()]
+            classes = lines if name == "classes.txt" else lines[1:]
+            if not 2 <= len(classes) < IGNORE:
+                raise UserError(f"{path}: names {len(classes)} classes; there must be 2 to {IGNORE - 1}, a line each")
+            return classes
+    raise UserError(f"{folder}: no classes.txt in it (a line for each class; ADE20K has objectInfo150.txt)")
+
+
+def open_scenes(args):
+    """--data -> (training set, test set), both with masks."""
+    if args.data == "shapes":
+        return DrawnScenes(args.image_size, "train", SHAPES_TRAIN), DrawnScenes(args.image_size, "val", SHAPES_VAL)
+    folder = Path(args.data)
+    if not (folder / "images").is_dir() or not (folder / "annotations").is_dir():
+        raise UserError(f"--data {args.data}: neither shapes nor a folder with images/ and annotations/, each with training/ and validation/ (ADE20K's layout)")
+    classes = scene_classes(folder)
+    return Scenes(folder, "training", classes), Scenes(folder, "validation", classes)
+
+
+class SceneTransform:
+    """Training images and masks together, as BEiT's and CAE's code do: the short side resized to .5 to 2 times the crop's, a random crop of which no
+    class fills more than .75 (of ten tries), flip, photometric distortion. What a crop lacks is filled with the mean colour, and ignored."""
+
+    def __init__(self, image_size, scale=(0.5, 2.0)):
+        self.image_size, self.scale = list(image_size), scale
+        fill = {tv_tensors.Image: [int(255 * channel) for channel in MEAN], tv_tensors.Mask: IGNORE}
+        self.crop = v2.RandomCrop(self.image_size, pad_if_needed=True, fill=fill)
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()])
+
+    def __call__(self, image, mask):
+        ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
+        short = max(1, round(ratio * min(self.image_size)))
+        image, mask = v2.functional.resize(tv_tensors.Image(image), [short], antialias=True), v2.functional.resize(mask, [short])  # bilinear; nearest
+        for _ in range(10):
+            part, labels = self.crop(image, mask)
+            counts = torch.bincount(labels[labels != IGNORE].flatten().long())
+            if len(counts) and counts.max() <= 0.75 * counts.sum():
+                break
+        part, labels = self.rest(part, labels)
+        return part.as_subclass(torch.Tensor), labels
+
+
 def object_awareness(maps, masks):
     """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the image that the object covers.
 
@@ -230,17 +330,19 @@ NAMES = ("shapes", "cifar10", "cifar100")
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 
-def add_data_args(parser, names=NAMES, **several):
-    """names: of the sets to speak of. several: nargs and default, if --data takes more than one."""
+def add_data_args(parser, names=NAMES, crops=True, **several):
+    """names: of the sets to speak of. crops: with the flags of `train_transform`. several: nargs and default, if --data takes more than one."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", **{"default": "shapes", **several}, help=f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
+    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
+    if not crops:
+        return
     group.add_argument("--augment", choices=("none", "fixed-crop", "random-crop", "color-jitter"), default="random-crop",
                        help="none; crop of fixed size (224 of 256), flip; crop of random size, flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)")
     group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),
                        help="share of the image that a random crop covers (MAE: .2 to 1)")
-    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
 
 
 def open_folder(folder):
@@ -356,19 +458,22 @@ class Samples(torch.utils.data.Dataset):
         while len(broken) < 10:
             try:
                 image, label = self.dataset[i]
-            except Exception:  # bad files make PIL and torchvision raise all kinds
-                broken.append(self.dataset.name(i))
+            except Exception as error:  # bad files make PIL and torchvision raise all kinds
+                broken.append(str(error) if isinstance(error, UserError) else self.dataset.name(i))
                 i = int(torch.randint(len(self.dataset), ()))
             else:
-                return self.transform(image), label, broken
+                return *(self.transform(image, label) if isinstance(label, tv_tensors.Mask) else (self.transform(image), label)), broken
         return None, -1, broken
 
 
 def collate(samples):
-    """Samples -> images (B, 3, H, W) uint8 and labels (B,), or None twice if one could not be made; names of broken samples."""
+    """Samples -> images (B, 3, H, W) uint8 and labels (B,) or masks (B, H, W), or None twice if one could not be made; names of broken samples."""
     images, labels, broken = zip(*samples)
-    whole = all(image is not None for image in images)
-    return torch.stack(images) if whole else None, torch.tensor(labels) if whole else None, [name for names in broken for name in names]
+    if all(image is not None for image in images):
+        images, labels = torch.stack(images), torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels)
+    else:
+        images, labels = None, None
+    return images, labels, [name for names in broken for name in names]
 
 
 class Batches(torch.utils.data.Sampler):

@@ -27,6 +27,7 @@ MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because librarie
     - best.pt is the epoch that is best on the test set, as MAE's code counts it: an optimistic number. results.json has the last epoch's too.
 """
 import argparse
+import colorsys
 import contextlib
 import csv
 import io
@@ -43,15 +44,16 @@ import torch.nn.functional as F
 import torchvision.datasets
 from torch import nn
 from torchvision.transforms import v2
+from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 import cae
 import train
-from data import (MEAN, NAMES, STD, Cover, RunFolder, Samples, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_sets,
-                  picture_sheet, read_log, train_transform)
+from data import (IGNORE, MEAN, NAMES, STD, Cover, RunFolder, Samples, SceneTransform, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_scenes,
+                  open_sets, picture_sheet, read_log, train_transform)
 from mrmae import from_official_mcmae
-from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint, resume,
-                   run_program, work)
+from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint,
+                   lr_at, resume, run_program, work)
 from train import parse_args as train_args
 from vit import (UserError, ViT, add_size_args, build_encoder, init_weights, load_file, pack_encoder, read_shape, resize_positions, say, strip_prefixes,
                  unpack_encoder)
@@ -64,9 +66,10 @@ DEFAULTS = {
     "finetune": dict(epochs=10, batch_size=64, warmup_epochs=1, weight_decay=0.05, crop_scale=[0.08, 1.0]),  # MAE's code; crop_scale: timm's
     "linear": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # MAE's code: LARS without decay
     "attentive": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # CAE Appendix A
+    "segment": dict(epochs=5, batch_size=16, warmup_epochs=0.5, weight_decay=0.05),  # CAE's code, but for the epochs
 }
-LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1}  # absolute, for AdamW, LARS and SGD; ours, but 6.4, which is MAE's .1 x 16384 / 256
-MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6}  # MAE's code for the first two, CAE's for the third
+LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3}  # absolute, for AdamW, LARS, SGD, AdamW; ours, but 6.4: MAE's .1 x 16384 / 256
+MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
            "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
@@ -90,16 +93,19 @@ def parse_args(argv=None):
         "augreg files want .5 .5 .5]")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same, the deviation [timm's augreg files: .5 .5 .5]")
     add_run_args(parser)
-    add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
+    segment = protocol == "segment"
+    add_data_args(parser, ["shapes"] if segment else [*NAMES, *SETS], crops=not segment, nargs="+", default=None)
     add_size_args(parser, decoder=False)
     if protocol == "finetune":
         add_finetune_args(parser)
+    elif segment:
+        add_segment_args(parser)
     else:
         add = parser.add_argument_group("probes").add_argument
         add("--cache-features", action="store_true", help="compute the features once, of the whole image: no augmentation, but seconds instead of minutes. They stay in "
             "memory: attentive, ViT-B at 224 pixels, .6 MB an image; else 3 kB")
         add("--neighbours", type=int, default=20, help="k of the k-nearest-neighbour accuracy that cached features give for free (DINO: 20)")
-    if protocol != "attentive":
+    if protocol in ("finetune", "linear"):
         add("--feature", choices=("cls", "mean"), help="the class token or the mean of the patch tokens [finetune: mean; linear: as the encoder's authors]")
     parser.set_defaults(image_size=None, patch_size=None, size=None, **DEFAULTS[protocol])
 
@@ -115,6 +121,17 @@ def parse_args(argv=None):
     if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
         parser.error(f"--mean {args.mean} --std {args.std}: give both, and a deviation above 0")
     return args
+
+
+def add_segment_args(parser):
+    """Numbers of CAE's code for ViT-B at 512 pixels (Appendix A), which is BEiT's."""
+    add = parser.add_argument_group("segmentation").add_argument
+    add("--head", choices=("uper", "linear"), default="uper", help="UperNet with everything trained, or a linear layer on the patches of the frozen encoder")
+    add("--head-width", type=int, help="channels of UperNet [the encoder's width]")
+    add("--layer-decay", type=float, default=0.65, help="each layer below the head learns at this much of the rate above it")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block, rising linearly from 0 in the first")
+    add("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="training images are resized to this much of the crop, at random")
+    add("--window", choices=("slide", "whole"), default="slide", help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once")
 
 
 def add_finetune_args(parser):
@@ -446,6 +463,13 @@ def linear_head(width, classes, std=0.01):
     return head
 
 
+def drop_paths(encoder, rate):
+    """Stochastic depth: linearly from 0 in the first block to `rate` in the last."""
+    blocks = encoder.all_blocks()
+    for block, value in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+        block.drop_path = value
+
+
 class Classifier(nn.Module):
     """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {}; logits(inputs) -> (B, classes).
 
@@ -469,9 +493,7 @@ class Classifier(nn.Module):
             self.head = AttentiveHead(D, heads, classes) if args.protocol == "attentive" else nn.Sequential(batch_norm, linear_head(D, classes))
             return
         encoder.pos_embed.requires_grad_(True)  # MAE's code: trained, after it was resized
-        blocks = encoder.all_blocks()
-        for block, rate in zip(blocks, torch.linspace(0, args.drop_path, len(blocks)).tolist()):
-            block.drop_path = rate
+        drop_paths(encoder, args.drop_path)
         self.fc_norm = nn.Identity()
         if self.feature == "mean":  # the mean of raw patch tokens, then a LayerNorm of its own, in place of the encoder's
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(D, eps=1e-6)
@@ -503,6 +525,134 @@ class Classifier(nn.Module):
         logits = self.logits(inputs)
         loss = F.binary_cross_entropy_with_logits(logits, targets) if self.multi_label else F.cross_entropy(logits, targets)
         return loss, {}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Semantic segmentation: UperNet (Xiao et al., ECCV 2018) on a ViT, as BEiT's and CAE's code has it, or one linear layer
+# --------------------------------------------------------------------------------------------------------------------
+class Scales(nn.Module):
+    """Four maps (B, D, h, w) of a ViT with patches of 16 pixels -> maps of strides 4, 8, 16 and 32."""
+
+    def __init__(self, width):
+        super().__init__()
+        up = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
+        self.scales = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps):
+        return [scale(x) for scale, x in zip(self.scales, maps)]
+
+
+def conv_relu(n_in, n_out, k):
+    return nn.Sequential(nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+
+
+def resized(x, size):
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class UperHead(nn.Module):
+    """Pyramid pooling on the coarsest map, a top-down path to the finest one, all levels together: four maps (B, D, ...) -> (B, classes, h, w) of the finest."""
+
+    def __init__(self, width, channels, classes, pools=(1, 2, 3, 6), dropout=0.1):
+        super().__init__()
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_relu(width, channels, 1)) for size in pools)
+        self.bottleneck = conv_relu(width + len(pools) * channels, channels, 3)
+        self.lateral = nn.ModuleList(conv_relu(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv_relu(channels, channels, 3) for _ in range(3))
+        self.fuse = conv_relu(4 * channels, channels, 3)
+        self.dropout, self.classify = nn.Dropout2d(dropout), nn.Conv2d(channels, classes, 1)
+
+    def forward(self, maps):
+        last = maps[-1]
+        pooled = [resized(pool(last), last.shape[-2:]) for pool in self.pools]
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps)] + [self.bottleneck(torch.cat([last, *pooled], dim=1))]
+        for i in (2, 1, 0):  # top-down
+            levels[i] = levels[i] + resized(levels[i + 1], levels[i].shape[-2:])
+        levels[:3] = [smooth(x) for smooth, x in zip(self.smooth, levels)]
+        return self.classify(self.dropout(self.fuse(torch.cat([resized(x, levels[0].shape[-2:]) for x in levels], dim=1))))
+
+
+def tapped_blocks(depth):
+    """Blocks 4, 6, 8 and 12 of 12 (CAE's and BEiT's code), in proportion at other depths."""
+    return [max(1, round(depth * block / 12)) for block in (4, 6, 8, 12)]
+
+
+class Segmenter(nn.Module):
+    """forward(images, masks) -> loss (), {}; logits(images) -> (B, classes, H, W). Heads: "uper", all trained; "linear", on the frozen patches."""
+
+    def __init__(self, encoder, args, classes):
+        super().__init__()
+        self.encoder, self.frozen, D = encoder, args.head == "linear", encoder.width
+        self.feature = "patches" if self.frozen else f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}"
+        if self.frozen:
+            encoder.requires_grad_(False)
+            self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), nn.Conv2d(D, classes, 1))  # as in linear probing
+            return
+        drop_paths(encoder, args.drop_path)
+        encoder.norm = nn.Identity()  # maps are raw outputs of blocks
+        channels = args.head_width or D
+        self.scales, self.head = Scales(D), UperHead(D, channels, classes)
+        self.auxiliary = nn.Sequential(conv_relu(D, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))  # on the third map
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def maps(self, images):
+        """Images of any size -> scores (B, classes, h, w) of the head and, in training an UperNet, of the auxiliary one. The right and lower edges are padded
+        so that two patches divide the sides."""
+        step = 2 * self.encoder.patch_size
+        images = F.pad(images, [0, -images.shape[-1] % step, 0, -images.shape[-2] % step])
+        if self.frozen:
+            with torch.no_grad():
+                patches = self.encoder.features(images)["patches"]  # (B, L, D)
+            return [self.head(patches.transpose(1, 2).unflatten(2, (images.shape[-2] // self.encoder.patch_size, -1)))]
+        numbers = tapped_blocks(len(self.encoder.blocks))
+        maps = dict(zip(dict.fromkeys(numbers), self.encoder.features(images, taps=numbers)["taps"]))
+        maps = [maps[number] for number in numbers]  # a shallow encoder gives one map twice
+        return [self.head(self.scales(maps)), *([self.auxiliary(maps[2])] if self.training else [])]
+
+    def at_size(self, scores, size):
+        """Scores of padded images (B, classes, h, w) -> (B, classes, H, W) in fp32."""
+        step = 2 * self.encoder.patch_size
+        return resized(scores.float(), [side + -side % step for side in size])[..., : size[0], : size[1]]
+
+    def logits(self, images):
+        return self.at_size(self.maps(images)[0], images.shape[-2:])
+
+    def forward(self, images, masks):
+        """masks (B, H, W) of classes and IGNORE."""
+        losses = [F.cross_entropy(self.at_size(scores, masks.shape[-2:]), masks.long(), ignore_index=IGNORE, reduction="sum") for scores in self.maps(images)]
+        counted = (masks != IGNORE).sum().clamp(min=1)
+        return sum(weight * loss for weight, loss in zip((1, 0.4), losses)) / counted, {}  # .4: the auxiliary head's
+
+
+@torch.no_grad()
+def segment_image(model, image, crop, window):
+    """Scores of one normalised image (1, 3, h, w): of the whole image, or the mean over windows of the crop's size, two thirds of it apart
+    -> (1, classes, h, w)."""
+    if window == "whole":
+        return model.logits(image)
+    sides = image.shape[-2:]
+    starts = [sorted({min(start, max(side - size, 0)) for start in range(0, side, max(1, size * 2 // 3))}) for side, size in zip(sides, crop)]
+    total, count = 0, torch.zeros(1, 1, *sides, device=image.device)
+    for top in starts[0]:
+        for left in starts[1]:
+            part = image[..., top : top + crop[0], left : left + crop[1]]
+            place = (left, sides[1] - left - part.shape[-1], top, sides[0] - top - part.shape[-2])
+            total = total + F.pad(model.logits(part), place)
+            count[..., top : top + part.shape[-2], left : left + part.shape[-1]] += 1
+    return total / count
+
+
+def segmentation_metrics(matrix):
+    """Confusion matrix (classes, classes), rows the truth -> {"miou", "mean_accuracy", "pixel_accuracy"} in per cent; classes that never occur do not count."""
+    matrix = matrix.double()
+    hits, truth, union = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=1) + matrix.sum(dim=0) - matrix.diag()
+    return {"miou": 100 * (hits[union > 0] / union[union > 0]).mean().item(), "mean_accuracy": 100 * (hits[truth > 0] / truth[truth > 0]).mean().item(),
+            "pixel_accuracy": 100 * (hits.sum() / matrix.sum().clamp(min=1)).item()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -549,9 +699,14 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * buffer)
 
 
+def poly(epoch, lr, warmup_epochs, epochs, min_lr):
+    """The schedule of segmentation: linear from 0 during warm-up, then a straight line to min_lr (power 1 in BEiT's and CAE's code)."""
+    return lr * epoch / warmup_epochs if epoch < warmup_epochs else min_lr + (lr - min_lr) * (1 - epoch / epochs)
+
+
 def build_optimizer(model, args):
     """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A and its code)."""
-    if args.protocol == "finetune":
+    if args.protocol in ("finetune", "segment"):
         return torch.optim.AdamW(layer_decay_groups(model, args.layer_decay, args.weight_decay), lr=0.0, betas=(0.9, 0.999), fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
     if args.protocol == "linear":
@@ -677,7 +832,7 @@ class Task:
 
     def __init__(self, args, test_set, metric, encoder, info, fc_norm, device):
         self.args, self.info, self.device, self.metric = args, info, device, metric
-        self.classes, self.labels = test_set.classes, labels_of(test_set)
+        self.test_set, self.classes, self.labels = test_set, test_set.classes, labels_of(test_set)
         self.model = Classifier(encoder, info, fc_norm, args, len(self.classes), metric == "map11").to(device)
         self.neighbours = {}
         self.testing = EachOnce(test_set, args.image_size)
@@ -732,13 +887,18 @@ class Task:
         """A log row; at an epoch's end with the test set's numbers, and best.pt if they are the best so far."""
         if epoch_ends:
             row |= score(self.test(), self.labels, self.metric)
-        if not run.folder:
-            return
-        if not epoch_ends:
-            return run.folder.log(row)
-        if row[self.metric] >= max([old[self.metric] for old in read_log(self.args.out) if self.metric in old], default=0):
-            run.folder.write("best.pt", lambda file: torch.save(self.finished(), file))
-        end_epoch(run, row)
+        report_best(self, run, row, epoch_ends)
+
+    def results(self, folder):
+        """Numbers of the test set for results.json; rank 0 writes the other files of a finished run."""
+        scores = self.test()
+        if folder:
+            write_confusion(folder, scores, self.labels, self.classes)
+            if self.args.protocol == "finetune":
+                folder.write("encoder.pt", lambda file: torch.save(self.export(), file))
+            if self.args.protocol == "attentive":
+                show_attention(folder, self.test_set, self)
+        return {**score(scores, self.labels, self.metric), **self.neighbours}
 
     def finished(self):
         """What best.pt holds: all that --evaluate needs."""
@@ -753,6 +913,115 @@ class Task:
         return pack_encoder(model.encoder, f"{info['method']}-finetune", model.feature, info["mean"], info["std"], state_dict)
 
 
+class WholeScenes(torch.utils.data.Dataset):
+    """(epoch, i) -> (image, mask as it is in the file, broken names) for testing: the image's short side resized to the crop's."""
+
+    def __init__(self, dataset, image_size):
+        self.dataset, self.short = dataset, min(image_size)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            image, mask = self.dataset[index[1]]
+        except UserError:
+            raise
+        except Exception:  # bad files make PIL and torchvision raise all kinds
+            return torch.zeros(3, self.short, self.short, dtype=torch.uint8), torch.full((self.short, self.short), IGNORE, dtype=torch.uint8), [self.dataset.name(index[1])]
+        return v2.functional.resize(image, [self.short], antialias=True), mask, []
+
+
+class Segmentation:
+    """As Task, for scenes."""
+
+    def __init__(self, args, test_set, metric, encoder, info, fc_norm, device):
+        self.args, self.info, self.device, self.metric, self.classes = args, info, device, metric, test_set.classes
+        model = Segmenter(encoder, args, len(self.classes))
+        if dist.get_world_size() > 1 and device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model, self.testing = model.to(device), WholeScenes(test_set, args.image_size)
+
+    def prepare(self, train_set):
+        self.samples = Samples(train_set, SceneTransform(self.args.image_size, self.args.scale), self.args.seed)
+
+    def inputs(self, images, masks):
+        return normalize(images, self.info["mean"], self.info["std"]), masks
+
+    def example(self):
+        B, size = self.args.batch_size, self.args.image_size
+        return torch.zeros(B, 3, *size, device=self.device), torch.zeros(B, *size, dtype=torch.uint8, device=self.device)
+
+    def predict(self, image, size):
+        """uint8 (1, 3, h, w) -> classes (H, W) at `size`."""
+        with autocast(self.args, self.device):
+            scores = segment_image(self.model, normalize(image.to(self.device), self.info["mean"], self.info["std"]), self.args.image_size, self.args.window)
+        return resized(scores, size).argmax(dim=1)[0]
+
+    @torch.no_grad()
+    def test(self):
+        """Confusion matrix (classes, classes) of the test set, rows the truth; each image counts once, whatever the number of processes."""
+        rank, world, C = dist.get_rank(), dist.get_world_size(), len(self.classes)
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, 0)
+        self.model.eval()
+        matrix = torch.zeros(C, C, dtype=torch.long, device=self.device)
+        mine = range(rank, len(self.testing), world)
+        stream = loader(self.testing, [[(0, i)] for i in mine], self.args.workers, self.device.type == "cuda")
+        for images, masks, names in tqdm(stream, desc="testing", total=len(mine), leave=False, disable=rank > 0):
+            for name in names:
+                tqdm.write(f"warning: {name} is broken; it does not count", file=sys.stderr)
+            truth = masks[0].to(self.device).long()
+            counts = truth != IGNORE
+            matrix += confusion_matrix(self.predict(images, truth.shape)[counts], truth[counts], C)
+        dist.all_reduce(matrix)
+        self.model.train()
+        return matrix.cpu()
+
+    def report(self, run, row, images, epoch_ends):
+        if epoch_ends:
+            row |= segmentation_metrics(self.test())
+        report_best(self, run, row, epoch_ends)
+
+    def results(self, folder):
+        matrix = self.test()
+        if folder:
+            write_csv(folder, "confusion.csv", [["true \\ predicted", *self.classes], *([name, *row] for name, row in zip(self.classes, matrix.tolist()))])
+            self.show(folder)
+        return segmentation_metrics(matrix)
+
+    def show(self, folder):
+        """pictures/segmentation.png: image, truth and prediction of eight test images; what is ignored has no colour."""
+        self.model.eval()
+        palette = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / len(self.classes), 0.5 + 0.5 * (k % 2), 1 - 0.3 * (k % 3))) for k in range(len(self.classes))]
+        rows, size = [], self.args.image_size
+        for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
+            image, mask, _ = self.testing[0, i]
+            predicted = self.predict(image.unsqueeze(0), mask.shape[-2:]).cpu()
+            image = v2.functional.resize(image, size, antialias=True)
+            panels = [image]
+            for labels in (mask.as_subclass(torch.Tensor), predicted):
+                labels = v2.functional.resize(labels.unsqueeze(0), size, interpolation=v2.InterpolationMode.NEAREST)[0]
+                panels.append(draw_segmentation_masks(image, torch.stack([labels == k for k in range(len(self.classes))]), alpha=0.7, colors=palette))
+            rows.append(torch.stack(panels) / 255)
+        folder.picture("segmentation.png", picture_sheet(torch.stack(rows), ["image", "truth", "prediction"]))
+
+    def finished(self):
+        return {"model": self.model.state_dict(), "config": self.model.encoder.config, "info": self.info, "args": vars(self.args), "classes": list(self.classes),
+                "metric": self.metric}
+
+
+def report_best(task, run, row, epoch_ends):
+    """Rank 0: a log row; at an epoch's end best.pt too, if its metric is the best so far."""
+    if not run.folder:
+        return
+    if not epoch_ends:
+        return run.folder.log(row)
+    if row[task.metric] >= max([old[task.metric] for old in read_log(task.args.out) if task.metric in old], default=0):
+        run.folder.write("best.pt", lambda file: torch.save(task.finished(), file))
+    end_epoch(run, row)
+
+
 def run_set(args, argv, name, device):
     """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
     torch.manual_seed(args.seed)  # every process starts from the same random encoder, if it is one, and from the same head
@@ -762,17 +1031,18 @@ def run_set(args, argv, name, device):
     args = changed(args, data=name, method=info["method"], image_size=encoder.config["image_size"], out=out)
     if args.protocol != "finetune" and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
-    train_set, test_set, metric = in_turn(args, partial(open_labelled, name, args))
+    segment = args.protocol == "segment"
+    train_set, test_set, metric = (*open_scenes(args), "miou") if segment else in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
-    task = Task(args, test_set, metric, encoder, info, fc_norm, device)
+    task = (Segmentation if segment else Task)(args, test_set, metric, encoder, info, fc_norm, device)
     if (Path(args.out) / "checkpoint.pt").exists():  # features are those of the run's own encoder, whatever lies at --encoder now
         with contextlib.suppress(RuntimeError):  # of another shape: `resume` will name the flags
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
     task.prepare(train_set)
     optimizer = build_optimizer(task.model.train(), args)
     run = assemble(args, task.model, optimizer, task.example(), len(task.samples), LAPTOP_LR[args.protocol], device, folder=folder, inputs=task.inputs,
-                   min_lr=MIN_LR[args.protocol])
+                   min_lr=MIN_LR[args.protocol], schedule=poly if segment else lr_at)
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     if run.batches.start < run.batches.steps:
@@ -783,15 +1053,10 @@ def run_set(args, argv, name, device):
         code = work(run, task.samples, sums, task.report)
         if code:
             return code, {}
-    scores = task.test()
-    results = {**score(scores, task.labels, metric), **task.neighbours}
+    results = task.results(folder)
     if folder:
         results[f"best_{metric}"] = max([row[metric] for row in read_log(args.out) if metric in row], default=results[metric])
-        write_results(folder, results, scores, task.labels, task.classes)
-        if args.protocol == "finetune":
-            folder.write("encoder.pt", lambda file: torch.save(task.export(), file))
-        if args.protocol == "attentive":
-            show_attention(folder, test_set, task)
+        write_json(folder, results)
         done = "" if run.batches.start < run.batches.steps else "finished already, "
         print(f"{args.out}: {done}{', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return int(bool(folder and folder.failed)), {"metric": metric, **results}
@@ -813,9 +1078,12 @@ def write_csv(folder, name, rows):
     folder.write(name, lambda file: file.write(text.getvalue().encode()))
 
 
-def write_results(folder, results, scores, labels, classes):
-    """results.json; for one label an image also confusion.csv, rows the true classes, and its picture, each row divided by its sum."""
+def write_json(folder, results):
     folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+
+
+def write_confusion(folder, scores, labels, classes):
+    """For one label an image confusion.csv, rows the true classes, and its picture, each row divided by its sum."""
     if labels.ndim > 1:
         return
     matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(classes))
@@ -893,7 +1161,9 @@ def evaluate(args, device):
         p, labels = probabilities(test_set), labels_of(test_set)
         results = score(p, labels, metric)
         if dist.get_rank() == 0:
-            write_results(RunFolder(place / Path(name).name if args.several else place), results, p, labels, test_set.classes)
+            folder = RunFolder(place / Path(name).name if args.several else place)
+            write_json(folder, results)
+            write_confusion(folder, p, labels, test_set.classes)
             print(f"{' + '.join(args.evaluate)} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return 0
 

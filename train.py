@@ -97,7 +97,7 @@ def check_ranges(parser, args, ranges=RANGES):
             parser.error(f"--{flag.replace('_', '-')} {value}: out of range, it must be at least {least} and below {bound}")
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image-size takes one number or two (H W), not {len(args.image_size)}")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+    if hasattr(args, "crop_scale") and not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
 
 
@@ -289,6 +289,7 @@ class Run:
     folder: RunFolder | None = None  # on rank 0
     inputs: Callable = lambda images, labels: (normalize(images),)  # a micro-batch -> what the model is called with
     min_lr: float = 0.0  # the end of the schedule
+    schedule: Callable = lr_at
 
 
 def assemble(args, model, optimizer, example, length, laptop_lr, device, **more):
@@ -350,7 +351,7 @@ def mean_over_processes(values, device):
 
 def optimizer_step(run, micro_batches, step, stop_asked):
     """One step on this process's micro-batches -> (values as floats, finite). A step that is not finite changes no weight."""
-    lr = lr_at(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs, run.min_lr)
+    lr = run.schedule(step / run.batches.steps_per_epoch, run.lr, run.args.warmup_epochs, run.args.epochs, run.min_lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # finetune.py's layer-wise decay
     run.model.progress = step / run.batches.steps
