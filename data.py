@@ -303,7 +303,7 @@ class SceneTransform:
 
     def __call__(self, image, mask):
         ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
-        short = max(1, round(ratio * min(self.image_size)))
+        short = max(2, round(ratio * min(self.image_size)))
         image, mask = v2.functional.resize(tv_tensors.Image(image), [short], antialias=True), v2.functional.resize(mask, [short])  # bilinear; nearest
         for _ in range(10):
             part, labels = self.crop(image, mask)

@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.datasets
+from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks
@@ -71,7 +72,7 @@ DEFAULTS = {
 LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3}  # absolute, for AdamW, LARS, SGD, AdamW; ours, but 6.4: MAE's .1 x 16384 / 256
 MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
-           "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+           "head_width": (1, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
 
 
@@ -118,6 +119,8 @@ def parse_args(argv=None):
     names = [Path(name).name for name in args.data]
     if twice := [data for data, name in zip(args.data, names) if names.count(name) > 1]:
         parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
+    if segment and not 0 < args.scale[0] <= args.scale[1] < 100:
+        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: needs 0 < MIN <= MAX")
     if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
         parser.error(f"--mean {args.mean} --std {args.std}: give both, and a deviation above 0")
     return args
@@ -935,9 +938,10 @@ class WholeScenes(torch.utils.data.Dataset):
 class Segmentation:
     """As Task, for scenes."""
 
-    def __init__(self, args, test_set, metric, encoder, info, fc_norm, device):
-        self.args, self.info, self.device, self.metric, self.classes = args, info, device, metric, test_set.classes
-        model = Segmenter(encoder, args, len(self.classes))
+    metric = "miou"
+
+    def __init__(self, args, test_set, model, info, device):
+        self.args, self.info, self.device, self.classes = args, info, device, test_set.classes
         if dist.get_world_size() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.testing = model.to(device), WholeScenes(test_set, args.image_size)
@@ -1032,10 +1036,13 @@ def run_set(args, argv, name, device):
     if args.protocol != "finetune" and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
     segment = args.protocol == "segment"
-    train_set, test_set, metric = (*open_scenes(args), "miou") if segment else in_turn(args, partial(open_labelled, name, args))
+    train_set, test_set, metric = (*open_scenes(args), Segmentation.metric) if segment else in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
-    task = (Segmentation if segment else Task)(args, test_set, metric, encoder, info, fc_norm, device)
+    if segment:
+        task = Segmentation(args, test_set, Segmenter(encoder, args, len(test_set.classes)), info, device)
+    else:
+        task = Task(args, test_set, metric, encoder, info, fc_norm, device)
     if (Path(args.out) / "checkpoint.pt").exists():  # features are those of the run's own encoder, whatever lies at --encoder now
         with contextlib.suppress(RuntimeError):  # of another shape: `resume` will name the flags
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
@@ -1115,7 +1122,11 @@ def load_finished(path, device):
     if not isinstance(saved, dict) or not {"model", "config", "info", "args", "classes", "metric"} <= saved.keys():
         raise UserError(f"{file}: not a best.pt of finetune.py")
     try:
-        model = Classifier(ViT(**saved["config"]), saved["info"], None, argparse.Namespace(**saved["args"]), len(saved["classes"]), saved["metric"] == "map11")
+        encoder, run_args, classes = ViT(**saved["config"]), argparse.Namespace(**saved["args"]), len(saved["classes"])
+        if saved["metric"] == Segmentation.metric:
+            model = Segmenter(encoder, run_args, classes)
+        else:
+            model = Classifier(encoder, saved["info"], None, run_args, classes, saved["metric"] == "map11")
         model.load_state_dict(saved["model"])
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{file}: not a whole best.pt ({' '.join(str(error).split())[:150]})") from None
@@ -1126,6 +1137,10 @@ def evaluate(args, device):
     """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are averaged), on --data or --predict."""
     models = [load_finished(path, device) for path in args.evaluate]
     first = models[0][1]
+    if first["metric"] == Segmentation.metric:
+        if len(models) > 1:
+            raise UserError(f"--evaluate {' '.join(args.evaluate)}: segmentation has no ensembles; give one run")
+        return evaluate_scenes(args, *models[0], device)
     for path, (_, saved) in zip(args.evaluate, models):
         if (saved["classes"], saved["metric"]) != (first["classes"], first["metric"]):
             raise UserError(f"--evaluate: {path} has other classes than {args.evaluate[0]}; an ensemble needs the same ones")
@@ -1168,13 +1183,40 @@ def evaluate(args, device):
     return 0
 
 
+def evaluate_scenes(args, model, saved, device):
+    """--evaluate of a segmentation: the numbers of its test set or of --data's, or with --predict masks in the layout of the training set's."""
+    run_args, place = changed(argparse.Namespace(**saved["args"]), device=args.device, workers=args.workers, compile=args.compile), Path(args.out or "runs/evaluate")
+    if args.predict:
+        files = open_folder(args.predict)
+        files.classes = saved["classes"]
+        task, folder = Segmentation(run_args, files, model, saved["info"], device), RunFolder(place)
+        for i, path in enumerate(files.paths[: len(files)] if dist.get_rank() == 0 else []):
+            image, _ = files[i]
+            small = v2.functional.resize(image, [min(run_args.image_size)], antialias=True).unsqueeze(0)
+            mask = Image.fromarray((1 + task.predict(small, image.shape[-2:])).to(torch.uint8).cpu().numpy())
+            folder.write(f"{Path(path).stem}.png", lambda file, mask=mask: mask.save(file, "PNG"))
+        say(f"{place}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
+        return 0
+    if args.several:
+        raise UserError(f"--data {' '.join(args.data)}: give one set")
+    test_set = open_scenes(changed(run_args, data=args.data[0] if args.data else run_args.data))[1]
+    if test_set.classes != saved["classes"]:
+        raise UserError(f"--data {args.data[0]}: has other classes than {args.evaluate[0]} was trained on")
+    results = Segmentation(run_args, test_set, model, saved["info"], device).results(RunFolder(place) if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        write_json(RunFolder(place), results)
+        print(f"{args.evaluate[0]}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
+    return 0
+
+
 # --------------------------------------------------------------------------------------------------------------------
 def transfer(args, argv, device):
     """One set after the other; several make a row as in MixedAE Table 2 -> exit code."""
     if args.several:  # find out what is missing before hours of work
         size = open_encoder(args)[0].config["image_size"]
         for name in args.data:
-            in_turn(args, partial(open_labelled, name, changed(args, image_size=size)))
+            opened = changed(args, data=name, image_size=size)
+            in_turn(args, partial(open_scenes, opened) if args.protocol == "segment" else partial(open_labelled, name, opened))
     rows = {}
     for name in args.data:
         code, rows[name] = run_set(args, argv, name, device)
