@@ -290,11 +290,11 @@ class Block(nn.Module):
         self.recompute, self.drop_path = False, 0.0
 
     def residuals(self, x):  # (B, N, D)
-        def drop(branch):
-            return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
+        x = x + self.drop(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
 
-        x = x + drop(self.ls1(self.attn(self.norm1(x))))
-        return x + drop(self.ls2(self.mlp(self.norm2(x))))
+    def drop(self, branch):
+        return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
