@@ -196,7 +196,7 @@ class Shapes:
         cx, cy, radius, turn = rng.uniform([-0.25, -0.25, 0.4, -np.pi], [0.25, 0.25, 0.75, np.pi]).tolist()
         cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
         u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
-        inside = SHAPES[self.classes[label]](u, v)  # (H, W)
+        inside = list(SHAPES.values())[label](u, v)  # (H, W)
         alpha = np.clip(0.5 + inside * radius * min(H, W) / 2, 0, 1)[..., None]  # an edge one pixel wide
         canvas = (1 - alpha) * canvas + alpha * self.texture(rng, x, y)
 
@@ -224,7 +224,8 @@ IGNORE = 255  # the class of pixels that count for nothing, in training and in t
 class Scenes:
     """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, H, W), Mask uint8 (H, W) of classes 0 .. len(classes) - 1 and IGNORE).
 
-    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png, where 0 is ignored and classes count from 1.
+    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png, where 0 and 255 are ignored and classes count from 1. A mask fits
+    its image after the image's EXIF rotation.
     """
 
     def __init__(self, folder, split, classes):
@@ -237,8 +238,12 @@ class Scenes:
         if missing:
             raise UserError(f"{folder}: {len(missing)} of {len(self.masks)} masks are missing, the first is {missing[0]}")
         for i in torch.linspace(0, len(self) - 1, min(len(self), 50)).long().tolist():  # a wrong set of classes shows here, not after an epoch
-            with contextlib.suppress(OSError):  # a broken image is another matter
+            try:
                 self[i]
+            except UserError:
+                raise
+            except Exception:  # a broken file is another matter: training and testing say what they do with it
+                pass
 
     def __len__(self):
         return len(self.paths)
@@ -246,9 +251,11 @@ class Scenes:
     def __getitem__(self, i):
         image, mask = decode(self.paths[i]), np.array(Image.open(self.masks[i]))
         if mask.ndim != 2 or mask.shape != image.shape[-2:]:
-            raise UserError(f"{self.masks[i]}: has the shape {' x '.join(map(str, mask.shape))}, its image {' x '.join(map(str, image.shape[-2:]))}; a mask is one channel of the same size")
-        if mask.min() < 0 or mask.max() > len(self.classes):
-            raise UserError(f"{self.masks[i]}: has the label {mask.max()}; labels are 0 (ignored) to {len(self.classes)}, as many as classes.txt has lines")
+            raise UserError(f"{self.masks[i]}: has the shape {' x '.join(map(str, mask.shape))}, its image (after its EXIF rotation) "
+                            f"{' x '.join(map(str, image.shape[-2:]))}; a mask is one channel of the same size")
+        mask = np.where(mask == IGNORE, 0, mask)
+        if mask.max() > len(self.classes):
+            raise UserError(f"{self.masks[i]}: has the label {mask.max()}; labels are 0 or 255 (ignored) and 1 to {len(self.classes)}, a line each in classes.txt")
         return image, tv_tensors.Mask(mask.astype(np.uint8) - np.uint8(1))  # 0 becomes 255
 
     def name(self, i):
@@ -260,7 +267,7 @@ class DrawnScenes(Shapes):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.shapes, self.classes = self.classes, ["background", *self.classes]
+        self.classes = ["background", *self.classes]
 
     def __getitem__(self, i):
         sample = self.draw(i)
@@ -272,34 +279,40 @@ def scene_classes(folder):
     for name in ("classes.txt", "objectInfo150.txt"):
         path = Path(folder) / name
         if path.is_file():
-            lines = [line.strip().split("\t")[-1].strip() for line in path.read_text().splitlines() if line.strip()]
+            lines = [line.split("\t")[-1].strip() for line in path.read_text(errors="replace").rstrip().splitlines()]
             classes = lines if name == "classes.txt" else lines[1:]
-            if not 2 <= len(classes) < IGNORE:
-                raise UserError(f"{path}: names {len(classes)} classes; there must be 2 to {IGNORE - 1}, a line each")
+            if not 2 <= len(classes) < IGNORE or not all(classes):
+                raise UserError(f"{path}: names {len(classes)} classes{'' if all(classes) else ', one by an empty line'}; there must be 2 to {IGNORE - 1}, a line each")
             return classes
     raise UserError(f"{folder}: no classes.txt in it (a line for each class; ADE20K has objectInfo150.txt)")
 
 
-def open_scenes(args):
-    """--data -> (training set, test set), both with masks."""
+def open_scenes(args, splits=("training", "validation")):
+    """--data -> sets with masks, of the given splits."""
     if args.data == "shapes":
-        return DrawnScenes(args.image_size, "train", SHAPES_TRAIN), DrawnScenes(args.image_size, "val", SHAPES_VAL)
+        drawn = {"training": ("train", SHAPES_TRAIN), "validation": ("val", SHAPES_VAL)}
+        return [DrawnScenes(args.image_size, *drawn[split]) for split in splits]
     folder = Path(args.data)
     if not (folder / "images").is_dir() or not (folder / "annotations").is_dir():
         raise UserError(f"--data {args.data}: neither shapes nor a folder with images/ and annotations/, each with training/ and validation/ (ADE20K's layout)")
     classes = scene_classes(folder)
-    return Scenes(folder, "training", classes), Scenes(folder, "validation", classes)
+    return [Scenes(folder, split, classes) for split in splits]
 
 
 class SceneTransform:
     """Training images and masks together, as BEiT's and CAE's code do: the short side resized to .5 to 2 times the crop's, a random crop of which no
-    class fills more than .75 (of ten tries), flip, photometric distortion. What a crop lacks is filled with the mean colour, and ignored."""
+    class fills more than .75 (of ten tries), flip, photometric distortion.
 
-    def __init__(self, image_size, scale=(0.5, 2.0)):
+    Theirs adds up to 32 of 255 to the brightness (here a factor, .875 to 1.125), distorts before it fills what a crop lacks (with the mean colour; it is
+    ignored), and draws contrast's place in the order by a coin (here any order).
+    """
+
+    def __init__(self, image_size, scale=(0.5, 2.0), mean=MEAN):
         self.image_size, self.scale = list(image_size), scale
-        fill = {tv_tensors.Image: [int(255 * channel) for channel in MEAN], tv_tensors.Mask: IGNORE}
+        fill = {tv_tensors.Image: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
         self.crop = v2.RandomCrop(self.image_size, pad_if_needed=True, fill=fill)
-        self.rest = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()])
+        jitters = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(), *(v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5) for jitter in jitters)])
 
     def __call__(self, image, mask):
         ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
@@ -330,15 +343,18 @@ NAMES = ("shapes", "cifar10", "cifar100")
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 
-def add_data_args(parser, names=NAMES, crops=True, **several):
-    """names: of the sets to speak of. crops: with the flags of `train_transform`. several: nargs and default, if --data takes more than one."""
+def add_data_args(parser, names=NAMES, scenes=False, **several):
+    """names: of the sets to speak of. scenes: for `open_scenes`, not for `open_sets`. several: nargs and default, if --data takes more than one."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", **{"default": "shapes", **several}, help=f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
+    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
+    several = {"default": "shapes", **several}
+    if scenes:
+        group.add_argument("--data", **several, help="shapes, or a folder in ADE20K's layout: images/ and annotations/, each with training/ and validation/, and classes.txt")
+        parser.set_defaults(data_root="datasets", download=False)  # nothing to download
+        return
+    group.add_argument("--data", **several, help=f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
     group.add_argument("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     group.add_argument("--download", action="store_true", help="let torchvision download the set into --data-root")
-    group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
-    if not crops:
-        return
     group.add_argument("--augment", choices=("none", "fixed-crop", "random-crop", "color-jitter"), default="random-crop",
                        help="none; crop of fixed size (224 of 256), flip; crop of random size, flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)")
     group.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"),

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import cae
 import train
-from data import (IGNORE, MEAN, NAMES, STD, Cover, RunFolder, Samples, SceneTransform, add_data_args, from_pil, heat_map, loader, normalize, open_folder, open_scenes,
+from data import (IGNORE, MEAN, NAMES, STD, Cover, RunFolder, Samples, SceneTransform, add_data_args, decode, from_pil, heat_map, loader, normalize, open_folder, open_scenes,
                   open_sets, picture_sheet, read_log, train_transform)
 from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint,
@@ -89,13 +89,14 @@ def parse_args(argv=None):
     add("--encoder", default="runs/mixedae/encoder.pt", help="an encoder.pt, a published file (README.md lists them), or none: random weights")
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, several as an ensemble of averaged probabilities, and stop")
     add("--predict", metavar="FOLDER", help="with --evaluate: the classes of the images in this folder, as a CSV")
-    add("--label-fraction", type=float, default=1.0, help="use this share of each class's training images (ours)")
+    if protocol != "segment":
+        add("--label-fraction", type=float, default=1.0, help="use this share of each class's training images (ours)")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's "
         "augreg files want .5 .5 .5]")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same, the deviation [timm's augreg files: .5 .5 .5]")
     add_run_args(parser)
     segment = protocol == "segment"
-    add_data_args(parser, ["shapes"] if segment else [*NAMES, *SETS], crops=not segment, nargs="+", default=None)
+    add_data_args(parser, [*NAMES, *SETS], scenes=segment, nargs="+", default=None)
     add_size_args(parser, decoder=False)
     if protocol == "finetune":
         add_finetune_args(parser)
@@ -119,6 +120,8 @@ def parse_args(argv=None):
     names = [Path(name).name for name in args.data]
     if twice := [data for data, name in zip(args.data, names) if names.count(name) > 1]:
         parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
+    if segment:
+        check_segment_args(parser, args)
     if segment and not 0 < args.scale[0] <= args.scale[1] < 100:
         parser.error(f"--scale {args.scale[0]} {args.scale[1]}: needs 0 < MIN <= MAX")
     if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
@@ -130,11 +133,23 @@ def add_segment_args(parser):
     """Numbers of CAE's code for ViT-B at 512 pixels (Appendix A), which is BEiT's."""
     add = parser.add_argument_group("segmentation").add_argument
     add("--head", choices=("uper", "linear"), default="uper", help="UperNet with everything trained, or a linear layer on the patches of the frozen encoder")
-    add("--head-width", type=int, help="channels of UperNet [the encoder's width]")
-    add("--layer-decay", type=float, default=0.65, help="each layer below the head learns at this much of the rate above it")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth of the last block, rising linearly from 0 in the first")
+    add("--head-width", type=int, help="uper: its channels [the encoder's width]")
+    add("--layer-decay", type=float, help="uper: each layer below the head learns at this much of the rate above it [.65]")
+    add("--drop-path", type=float, help="uper: stochastic depth of the last block, rising linearly from 0 in the first [.1]")
     add("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="training images are resized to this much of the crop, at random")
-    add("--window", choices=("slide", "whole"), default="slide", help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once")
+    add("--window", choices=("slide", "whole"), help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once [slide; with "
+        "--evaluate as the run]")
+
+
+def check_segment_args(parser, args):
+    """One clear line for flags that a linear head has no use for; else their defaults."""
+    for flag, default in (("head_width", None), ("layer_decay", 0.65), ("drop_path", 0.1)):
+        if args.head == "linear" and getattr(args, flag) is not None:
+            parser.error(f"--{flag.replace('_', '-')} goes with --head uper; a linear head leaves the encoder as it is")
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+    if not args.evaluate and args.window is None:
+        args.window = "slide"
 
 
 def add_finetune_args(parser):
@@ -539,18 +554,28 @@ class Scales(nn.Module):
     def __init__(self, width):
         super().__init__()
         up = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
-        self.scales = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2)])
+        self.by_stride = nn.ModuleList([nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), up(), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
 
     def forward(self, maps):
-        return [scale(x) for scale, x in zip(self.scales, maps)]
+        return [scale(x) for scale, x in zip(self.by_stride, maps)]
 
 
-def conv_relu(n_in, n_out, k):
+def conv_bn_relu(n_in, n_out, k):
+    """k x k convolution, BatchNorm, ReLU: (B, n_in, h, w) -> (B, n_out, h, w)."""
     return nn.Sequential(nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
 
 def resized(x, size):
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def pixel_classifier(width, classes):
+    """A linear layer at each place, started as `linear_head` is."""
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class UperHead(nn.Module):
@@ -558,12 +583,12 @@ class UperHead(nn.Module):
 
     def __init__(self, width, channels, classes, pools=(1, 2, 3, 6), dropout=0.1):
         super().__init__()
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_relu(width, channels, 1)) for size in pools)
-        self.bottleneck = conv_relu(width + len(pools) * channels, channels, 3)
-        self.lateral = nn.ModuleList(conv_relu(width, channels, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(conv_relu(channels, channels, 3) for _ in range(3))
-        self.fuse = conv_relu(4 * channels, channels, 3)
-        self.dropout, self.classify = nn.Dropout2d(dropout), nn.Conv2d(channels, classes, 1)
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_bn_relu(width, channels, 1)) for size in pools)
+        self.bottleneck = conv_bn_relu(width + len(pools) * channels, channels, 3)
+        self.lateral = nn.ModuleList(conv_bn_relu(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv_bn_relu(channels, channels, 3) for _ in range(3))
+        self.fuse = conv_bn_relu(4 * channels, channels, 3)
+        self.dropout, self.classify = nn.Dropout2d(dropout), pixel_classifier(channels, classes)
 
     def forward(self, maps):
         last = maps[-1]
@@ -581,7 +606,8 @@ def tapped_blocks(depth):
 
 
 class Segmenter(nn.Module):
-    """forward(images, masks) -> loss (), {}; logits(images) -> (B, classes, H, W). Heads: "uper", all trained; "linear", on the frozen patches."""
+    """forward(images, masks) -> loss (), {}; logits(images) -> (B, classes, H, W), of images of any size. Heads: "uper", all trained but the
+    position table; "linear", on the frozen patches."""
 
     def __init__(self, encoder, args, classes):
         super().__init__()
@@ -589,13 +615,13 @@ class Segmenter(nn.Module):
         self.feature = "patches" if self.frozen else f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}"
         if self.frozen:
             encoder.requires_grad_(False)
-            self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), nn.Conv2d(D, classes, 1))  # as in linear probing
+            self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), pixel_classifier(D, classes))  # as in linear probing
             return
         drop_paths(encoder, args.drop_path)
         encoder.norm = nn.Identity()  # maps are raw outputs of blocks
         channels = args.head_width or D
         self.scales, self.head = Scales(D), UperHead(D, channels, classes)
-        self.auxiliary = nn.Sequential(conv_relu(D, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, classes, 1))  # on the third map
+        self.auxiliary = nn.Sequential(conv_bn_relu(D, 256, 3), nn.Dropout2d(0.1), pixel_classifier(256, classes))  # on the third map
 
     def train(self, mode=True):
         super().train(mode)
@@ -603,36 +629,31 @@ class Segmenter(nn.Module):
             self.encoder.eval()
         return self
 
-    def maps(self, images):
-        """Images of any size -> scores (B, classes, h, w) of the head and, in training an UperNet, of the auxiliary one. The right and lower edges are padded
-        so that two patches divide the sides."""
-        step = 2 * self.encoder.patch_size
-        images = F.pad(images, [0, -images.shape[-1] % step, 0, -images.shape[-2] % step])
+    def scores(self, images):
+        """Normalised images (B, 3, H, W) -> fp32 scores (B, classes, H, W) of the head and, in training an UperNet, of the auxiliary one. The right and
+        lower edges are padded to whole patches."""
+        p, (H, W) = self.encoder.patch_size, images.shape[-2:]
+        images = F.pad(images, [0, -W % p, 0, -H % p])
         if self.frozen:
             with torch.no_grad():
                 patches = self.encoder.features(images)["patches"]  # (B, L, D)
-            return [self.head(patches.transpose(1, 2).unflatten(2, (images.shape[-2] // self.encoder.patch_size, -1)))]
-        numbers = tapped_blocks(len(self.encoder.blocks))
-        maps = dict(zip(dict.fromkeys(numbers), self.encoder.features(images, taps=numbers)["taps"]))
-        maps = [maps[number] for number in numbers]  # a shallow encoder gives one map twice
-        return [self.head(self.scales(maps)), *([self.auxiliary(maps[2])] if self.training else [])]
-
-    def at_size(self, scores, size):
-        """Scores of padded images (B, classes, h, w) -> (B, classes, H, W) in fp32."""
-        step = 2 * self.encoder.patch_size
-        return resized(scores.float(), [side + -side % step for side in size])[..., : size[0], : size[1]]
+            found = [self.head(patches.transpose(1, 2).unflatten(2, (images.shape[-2] // p, -1)))]
+        else:
+            numbers = tapped_blocks(len(self.encoder.blocks))
+            maps = dict(zip(dict.fromkeys(numbers), self.encoder.features(images, taps=numbers)["taps"]))
+            maps = [maps[number] for number in numbers]  # a shallow encoder gives one map twice
+            found = [self.head(self.scales(maps)), *([self.auxiliary(maps[2])] if self.training else [])]
+        return [resized(x.float(), images.shape[-2:])[..., :H, :W] for x in found]
 
     def logits(self, images):
-        return self.at_size(self.maps(images)[0], images.shape[-2:])
+        return self.scores(images)[0]
 
     def forward(self, images, masks):
-        """masks (B, H, W) of classes and IGNORE."""
-        losses = [F.cross_entropy(self.at_size(scores, masks.shape[-2:]), masks.long(), ignore_index=IGNORE, reduction="sum") for scores in self.maps(images)]
-        counted = (masks != IGNORE).sum().clamp(min=1)
-        return sum(weight * loss for weight, loss in zip((1, 0.4), losses)) / counted, {}  # .4: the auxiliary head's
+        """masks (B, H, W) of classes and IGNORE. The mean is over all pixels, ignored ones too, as in mmsegmentation."""
+        losses = [F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel() for scores in self.scores(images)]
+        return sum(weight * loss for weight, loss in zip((1, 0.4), losses)), {}  # .4: the auxiliary head's
 
 
-@torch.no_grad()
 def segment_image(model, image, crop, window):
     """Scores of one normalised image (1, 3, h, w): of the whole image, or the mean over windows of the crop's size, two thirds of it apart
     -> (1, classes, h, w)."""
@@ -703,8 +724,9 @@ class LARS(torch.optim.Optimizer):
 
 
 def poly(epoch, lr, warmup_epochs, epochs, min_lr):
-    """The schedule of segmentation: linear from 0 during warm-up, then a straight line to min_lr (power 1 in BEiT's and CAE's code)."""
-    return lr * epoch / warmup_epochs if epoch < warmup_epochs else min_lr + (lr - min_lr) * (1 - epoch / epochs)
+    """The schedule of segmentation: a straight line from lr to min_lr (power 1 in BEiT's and CAE's code), times a ramp from 0 to 1 during warm-up."""
+    ramp = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+    return ramp * (min_lr + (lr - min_lr) * (1 - epoch / epochs))
 
 
 def build_optimizer(model, args):
@@ -744,22 +766,37 @@ def augmented(images, labels, args, info, classes, multi_label):
 # --------------------------------------------------------------------------------------------------------------------
 # Testing
 # --------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
+@contextlib.contextmanager
+def inference(args, device):
+    """For testing: autocast as in training, but without torch.compile, whose limit of graphs is for the training step."""
+    with torch.no_grad(), autocast(args, device), torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
+        yield
+
+
+def batches_of(dataset, chunks, args, device, then="it counts as a black image"):
+    """The chunks of this process (lists of indices), as batches: (images on the device, labels). Broken samples are named; more than 10 and more than 1 %
+    of them stop the run."""
+    rank, broken = dist.get_rank(), 0
+    stream = loader(dataset, [[(0, i) for i in chunk] for chunk in chunks], args.workers, device.type == "cuda")
+    for images, labels, names in tqdm(stream, desc="testing", total=len(chunks), leave=False, disable=rank > 0):
+        for name in names:
+            broken += 1
+            tqdm.write(f"warning: {name} is broken; {then}", file=sys.stderr)
+            if broken > 10 and broken > 0.01 * len(dataset):
+                raise UserError(f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1)
+        yield images.to(device), labels
+
+
 def over_the_set(function, dataset, args, device):
     """function(uint8 images (b, 3, H, W)) -> (b, ...) over a whole set, shared out over the processes -> (N, ...) float32, in order, on
     every process. Every sample counts once, whatever the number of processes."""
     rank, world = dist.get_rank(), dist.get_world_size()
     chunks = torch.arange(len(dataset)).split(args.batch_size)[rank::world]
-    stream = loader(dataset, [[(0, i) for i in chunk.tolist()] for chunk in chunks], args.workers, device.type == "cuda")
-    mine, shape, broken = [], torch.zeros(4, dtype=torch.long, device=device), 0  # shape of one result: how many axes, then their lengths
-    for images, _, names in tqdm(stream, desc="testing", leave=False, disable=rank > 0):
-        for name in names:
-            broken += 1
-            tqdm.write(f"warning: {name} is broken; it counts as a black image", file=sys.stderr)
-            if broken > 10 and broken > 0.01 * len(dataset):
-                raise UserError(f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1)
-        with autocast(args, device), torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
-            mine.append(function(images.to(device)).float())
+    shape = torch.zeros(4, dtype=torch.long, device=device)  # of one result: how many axes, then their lengths
+    mine = []
+    for images, _ in batches_of(dataset, [chunk.tolist() for chunk in chunks], args, device):
+        with inference(args, device):
+            mine.append(function(images).float())
     if mine:
         tail = mine[0].shape[1:]
         shape[: len(tail) + 1] = torch.tensor([len(tail), *tail])
@@ -928,10 +965,9 @@ class WholeScenes(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image, mask = self.dataset[index[1]]
-        except UserError:
-            raise
-        except Exception:  # bad files make PIL and torchvision raise all kinds
-            return torch.zeros(3, self.short, self.short, dtype=torch.uint8), torch.full((self.short, self.short), IGNORE, dtype=torch.uint8), [self.dataset.name(index[1])]
+        except Exception as error:  # bad files make PIL and torchvision raise all kinds
+            nothing = torch.zeros(3, self.short, self.short, dtype=torch.uint8), torch.full((self.short, self.short), IGNORE, dtype=torch.uint8)
+            return *nothing, [str(error) if isinstance(error, UserError) else self.dataset.name(index[1])]
         return v2.functional.resize(image, [self.short], antialias=True), mask, []
 
 
@@ -947,7 +983,7 @@ class Segmentation:
         self.model, self.testing = model.to(device), WholeScenes(test_set, args.image_size)
 
     def prepare(self, train_set):
-        self.samples = Samples(train_set, SceneTransform(self.args.image_size, self.args.scale), self.args.seed)
+        self.samples = Samples(train_set, SceneTransform(self.args.image_size, self.args.scale, self.info["mean"]), self.args.seed)
 
     def inputs(self, images, masks):
         return normalize(images, self.info["mean"], self.info["std"]), masks
@@ -958,11 +994,11 @@ class Segmentation:
 
     def predict(self, image, size):
         """uint8 (1, 3, h, w) -> classes (H, W) at `size`."""
-        with autocast(self.args, self.device):
-            scores = segment_image(self.model, normalize(image.to(self.device), self.info["mean"], self.info["std"]), self.args.image_size, self.args.window)
+        image = normalize(image.to(self.device), self.info["mean"], self.info["std"])
+        with inference(self.args, self.device):
+            scores = segment_image(self.model, image, self.args.image_size, self.args.window)
         return resized(scores, size).argmax(dim=1)[0]
 
-    @torch.no_grad()
     def test(self):
         """Confusion matrix (classes, classes) of the test set, rows the truth; each image counts once, whatever the number of processes."""
         rank, world, C = dist.get_rank(), dist.get_world_size(), len(self.classes)
@@ -970,15 +1006,13 @@ class Segmentation:
             dist.broadcast(buffer, 0)
         self.model.eval()
         matrix = torch.zeros(C, C, dtype=torch.long, device=self.device)
-        mine = range(rank, len(self.testing), world)
-        stream = loader(self.testing, [[(0, i)] for i in mine], self.args.workers, self.device.type == "cuda")
-        for images, masks, names in tqdm(stream, desc="testing", total=len(mine), leave=False, disable=rank > 0):
-            for name in names:
-                tqdm.write(f"warning: {name} is broken; it does not count", file=sys.stderr)
+        for images, masks in batches_of(self.testing, [[i] for i in range(rank, len(self.testing), world)], self.args, self.device, "it does not count"):
             truth = masks[0].to(self.device).long()
             counts = truth != IGNORE
             matrix += confusion_matrix(self.predict(images, truth.shape)[counts], truth[counts], C)
         dist.all_reduce(matrix)
+        if not matrix.any():
+            raise UserError(f"--data {self.args.data}: no pixel of its test images counts; all are ignored, or broken")
         self.model.train()
         return matrix.cpu()
 
@@ -1185,27 +1219,35 @@ def evaluate(args, device):
 
 def evaluate_scenes(args, model, saved, device):
     """--evaluate of a segmentation: the numbers of its test set or of --data's, or with --predict masks in the layout of the training set's."""
-    run_args, place = changed(argparse.Namespace(**saved["args"]), device=args.device, workers=args.workers, compile=args.compile), Path(args.out or "runs/evaluate")
+    given = {key: value for key in ("window",) if (value := getattr(args, key, None))}
+    run_args = changed(argparse.Namespace(**saved["args"]), device=args.device, workers=args.workers, compile=args.compile, precision=args.precision, **given)
+    folder, encoder_info = RunFolder(args.out or "runs/evaluate") if dist.get_rank() == 0 else None, saved["info"]
     if args.predict:
         files = open_folder(args.predict)
         files.classes = saved["classes"]
-        task, folder = Segmentation(run_args, files, model, saved["info"], device), RunFolder(place)
-        for i, path in enumerate(files.paths[: len(files)] if dist.get_rank() == 0 else []):
-            image, _ = files[i]
+        task = Segmentation(run_args, files, model, encoder_info, device)
+        for path in files.paths if folder else []:
+            try:
+                image = decode(path)
+            except Exception:  # bad files make PIL and torchvision raise all kinds
+                print(f"warning: {path} is broken; it gets no mask", file=sys.stderr)
+                continue
             small = v2.functional.resize(image, [min(run_args.image_size)], antialias=True).unsqueeze(0)
             mask = Image.fromarray((1 + task.predict(small, image.shape[-2:])).to(torch.uint8).cpu().numpy())
-            folder.write(f"{Path(path).stem}.png", lambda file, mask=mask: mask.save(file, "PNG"))
-        say(f"{place}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
+            name = "-".join(Path(path).relative_to(args.predict).with_suffix(".png").parts)
+            folder.write(name, lambda file, mask=mask: mask.save(file, "PNG"))
+        say(f"{args.out or 'runs/evaluate'}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
         return 0
     if args.several:
         raise UserError(f"--data {' '.join(args.data)}: give one set")
-    test_set = open_scenes(changed(run_args, data=args.data[0] if args.data else run_args.data))[1]
+    name = args.data[0] if args.data else run_args.data
+    test_set = open_scenes(changed(run_args, data=name), ["validation"])[0]
     if test_set.classes != saved["classes"]:
-        raise UserError(f"--data {args.data[0]}: has other classes than {args.evaluate[0]} was trained on")
-    results = Segmentation(run_args, test_set, model, saved["info"], device).results(RunFolder(place) if dist.get_rank() == 0 else None)
-    if dist.get_rank() == 0:
-        write_json(RunFolder(place), results)
-        print(f"{args.evaluate[0]}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
+        raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
+    results = Segmentation(changed(run_args, data=name), test_set, model, encoder_info, device).results(folder)
+    if folder:
+        write_json(folder, results)
+        print(f"{args.evaluate[0]} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return 0
 
 
