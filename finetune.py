@@ -1,4 +1,4 @@
-"""What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, and k nearest neighbours, on any labelled set.
+"""What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, k nearest neighbours, and semantic segmentation.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> **finetune**.
 
@@ -7,12 +7,15 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     python finetune.py --encoder mae_pretrain_vit_base.pth --protocol finetune --data path/to/imagenet   # a published file
     python finetune.py --encoder ... --protocol finetune --data aircraft cars pets                     # several sets, one row of a table
     python finetune.py --evaluate runs/a runs/b --data ... --predict path/to/images                    # finished classifiers, as an ensemble
+    python finetune.py --encoder ... --protocol segment --data path/to/ADEChallengeData2016            # or any folder in its layout, or `shapes`
 
 A protocol decides what is trained on top of the encoder:
 
     finetune    images -- encoder, all of it trained --> mean of the patch tokens (B, D) -- new LayerNorm, linear --> logits (B, classes)
     linear      images -- encoder, frozen --> CLS or mean of the patches (B, D) -- BatchNorm without affine, linear --> logits
     attentive   images -- encoder, frozen --> patches (B, L, D) -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
+    segment     images -- encoder, trained --> outputs of four blocks (B, D, h, w) -- four scales -- UperNet --> a class for each pixel
+                images -- encoder, frozen --> patches -- BatchNorm, linear (--head linear) --> a class for each pixel
 
 Sources: MixedAE Sec. 4.2 and 4.3 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A for attentive probing,
 MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do it):
@@ -24,6 +27,8 @@ MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because librarie
     - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch).
     - The linear probe's BatchNorm averages over all batches (MAE's code forgets, with momentum .1): see `Classifier`.
     - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet, VOC2007 with a binary cross-entropy a class.
+    - Segmentation follows BEiT's and CAE's code (which is mmsegmentation's), without their learned relative position bias; photometric distortion is
+      torchvision's colour jitter, see data.SceneTransform. BatchNorm is synchronised between processes on CUDA alone.
     - best.pt is the epoch that is best on the test set, as MAE's code counts it: an optimistic number. results.json has the last epoch's too.
 """
 import argparse
