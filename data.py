@@ -2,7 +2,7 @@
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune.
 
-    --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label)
+    --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label); open_scenes: with masks as labels
         -- Samples: fetch, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
     uint8 (B, 3, H, W), on the device -- normalize --> floats
 
@@ -215,6 +215,15 @@ class Shapes:
         return first + wave[..., None] * (second - first)
 
 
+def object_awareness(maps, masks):
+    """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the image that the object covers.
+
+    maps (B, h, w), each with the sum 1; masks bool (B, H, W) -> two floats. An encoder that looks everywhere alike has equal shares.
+    """
+    area = torch.nn.functional.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # the object's share of each patch, (B, h, w)
+    return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Scenes: a class for each pixel
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,68 +281,6 @@ class DrawnScenes(Shapes):
     def __getitem__(self, i):
         sample = self.draw(i)
         return sample["image"], tv_tensors.Mask((sample["mask"] * (1 + sample["label"])).to(torch.uint8))
-
-
-def scene_classes(folder):
-    """Names of the classes 1, 2, ..: a line each of classes.txt, or the last column of ADE20K's own objectInfo150.txt."""
-    for name in ("classes.txt", "objectInfo150.txt"):
-        path = Path(folder) / name
-        if path.is_file():
-            lines = [line.split("\t")[-1].strip() for line in path.read_text(errors="replace").rstrip().splitlines()]
-            classes = lines if name == "classes.txt" else lines[1:]
-            if not 2 <= len(classes) < IGNORE or not all(classes):
-                raise UserError(f"{path}: names {len(classes)} classes{'' if all(classes) else ', one by an empty line'}; there must be 2 to {IGNORE - 1}, a line each")
-            return classes
-    raise UserError(f"{folder}: no classes.txt in it (a line for each class; ADE20K has objectInfo150.txt)")
-
-
-def open_scenes(args, splits=("training", "validation")):
-    """--data -> sets with masks, of the given splits."""
-    if args.data == "shapes":
-        drawn = {"training": ("train", SHAPES_TRAIN), "validation": ("val", SHAPES_VAL)}
-        return [DrawnScenes(args.image_size, *drawn[split]) for split in splits]
-    folder = Path(args.data)
-    if not (folder / "images").is_dir() or not (folder / "annotations").is_dir():
-        raise UserError(f"--data {args.data}: neither shapes nor a folder with images/ and annotations/, each with training/ and validation/ (ADE20K's layout)")
-    classes = scene_classes(folder)
-    return [Scenes(folder, split, classes) for split in splits]
-
-
-class SceneTransform:
-    """Training images and masks together, as BEiT's and CAE's code do: the short side resized to .5 to 2 times the crop's, a random crop of which no
-    class fills more than .75 (of ten tries), flip, photometric distortion.
-
-    Theirs adds up to 32 of 255 to the brightness (here a factor, .875 to 1.125), distorts before it fills what a crop lacks (with the mean colour; it is
-    ignored), and draws contrast's place in the order by a coin (here any order).
-    """
-
-    def __init__(self, image_size, scale=(0.5, 2.0), mean=MEAN):
-        self.image_size, self.scale = list(image_size), scale
-        fill = {tv_tensors.Image: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
-        self.crop = v2.RandomCrop(self.image_size, pad_if_needed=True, fill=fill)
-        jitters = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
-        self.rest = v2.Compose([v2.RandomHorizontalFlip(), *(v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5) for jitter in jitters)])
-
-    def __call__(self, image, mask):
-        ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
-        short = max(2, round(ratio * min(self.image_size)))
-        image, mask = v2.functional.resize(tv_tensors.Image(image), [short], antialias=True), v2.functional.resize(mask, [short])  # bilinear; nearest
-        for _ in range(10):
-            part, labels = self.crop(image, mask)
-            counts = torch.bincount(labels[labels != IGNORE].flatten().long())
-            if len(counts) and counts.max() <= 0.75 * counts.sum():
-                break
-        part, labels = self.rest(part, labels)
-        return part.as_subclass(torch.Tensor), labels
-
-
-def object_awareness(maps, masks):
-    """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the image that the object covers.
-
-    maps (B, h, w), each with the sum 1; masks bool (B, H, W) -> two floats. An encoder that looks everywhere alike has equal shares.
-    """
-    area = torch.nn.functional.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # the object's share of each patch, (B, h, w)
-    return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -419,6 +366,31 @@ def open_sets(args):
     raise UserError(f"--data {args.data}: neither a set ({', '.join(NAMES)}) nor an existing folder or .txt list")
 
 
+def scene_classes(folder):
+    """Names of the classes 1, 2, ..: a line each of classes.txt, or the last column of ADE20K's own objectInfo150.txt."""
+    for name in ("classes.txt", "objectInfo150.txt"):
+        path = Path(folder) / name
+        if path.is_file():
+            lines = [line.split("\t")[-1].strip() for line in path.read_text(errors="replace").rstrip().splitlines()]
+            classes = lines if name == "classes.txt" else lines[1:]
+            if not 2 <= len(classes) < IGNORE or not all(classes):
+                raise UserError(f"{path}: names {len(classes)} classes{'' if all(classes) else ', one by an empty line'}; there must be 2 to {IGNORE - 1}, a line each")
+            return classes
+    raise UserError(f"{folder}: no classes.txt in it (a line for each class; ADE20K has objectInfo150.txt)")
+
+
+def open_scenes(args, splits=("training", "validation")):
+    """--data -> sets with masks, of the given splits."""
+    if args.data == "shapes":
+        drawn = {"training": ("train", SHAPES_TRAIN), "validation": ("val", SHAPES_VAL)}
+        return [DrawnScenes(args.image_size, *drawn[split]) for split in splits]
+    folder = Path(args.data)
+    if not (folder / "images").is_dir() or not (folder / "annotations").is_dir():
+        raise UserError(f"--data {args.data}: neither shapes nor a folder with images/ and annotations/, each with training/ and validation/ (ADE20K's layout)")
+    classes = scene_classes(folder)
+    return [Scenes(folder, split, classes) for split in splits]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------------------------
@@ -452,6 +424,34 @@ def train_transform(args):
     # The strengths are MoCo v2's; MAE gives none.
     jitter = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)] if args.augment == "color-jitter" else []
     return v2.Compose([*crop, v2.RandomHorizontalFlip(), *jitter])
+
+
+class SceneTransform:
+    """Training images and masks together, as BEiT's and CAE's code do: the short side resized to .5 to 2 times the crop's, a random crop of which no
+    class fills more than .75 (of ten tries), flip, photometric distortion.
+
+    Theirs adds up to 32 of 255 to the brightness (here a factor, .875 to 1.125), distorts before it fills what a crop lacks (with the mean colour; it is
+    ignored), and draws contrast's place in the order by a coin (here any order).
+    """
+
+    def __init__(self, image_size, scale=(0.5, 2.0), mean=MEAN):
+        self.image_size, self.scale = list(image_size), scale
+        fill = {tv_tensors.Image: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
+        self.crop = v2.RandomCrop(self.image_size, pad_if_needed=True, fill=fill)
+        jitters = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(), *(v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5) for jitter in jitters)])
+
+    def __call__(self, image, mask):
+        ratio = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
+        short = max(2, round(ratio * min(self.image_size)))
+        image, mask = v2.functional.resize(tv_tensors.Image(image), [short], antialias=True), v2.functional.resize(mask, [short])  # bilinear; nearest
+        for _ in range(10):
+            part, labels = self.crop(image, mask)
+            counts = torch.bincount(labels[labels != IGNORE].flatten().long())
+            if len(counts) and counts.max() <= 0.75 * counts.sum():
+                break
+        part, labels = self.rest(part, labels)
+        return part.as_subclass(torch.Tensor), labels
 
 
 class Samples(torch.utils.data.Dataset):

@@ -928,22 +928,20 @@ class Task:
         self.model.train()
         return scores
 
-    def report(self, run, row, images, epoch_ends):
-        """A log row; at an epoch's end with the test set's numbers, and best.pt if they are the best so far."""
-        if epoch_ends:
-            row |= score(self.test(), self.labels, self.metric)
-        report_best(self, run, row, epoch_ends)
+    def numbers(self, scores):
+        return score(scores, self.labels, self.metric)
 
     def results(self, folder):
         """Numbers of the test set for results.json; rank 0 writes the other files of a finished run."""
         scores = self.test()
         if folder:
-            write_confusion(folder, scores, self.labels, self.classes)
+            if self.labels.ndim == 1:
+                write_confusion(folder, confusion_matrix(scores.argmax(dim=1).cpu(), self.labels, len(self.classes)), self.classes)
             if self.args.protocol == "finetune":
                 folder.write("encoder.pt", lambda file: torch.save(self.export(), file))
             if self.args.protocol == "attentive":
                 show_attention(folder, self.test_set, self)
-        return {**score(scores, self.labels, self.metric), **self.neighbours}
+        return {**self.numbers(scores), **self.neighbours}
 
     def finished(self):
         """What best.pt holds: all that --evaluate needs."""
@@ -1021,17 +1019,15 @@ class Segmentation:
         self.model.train()
         return matrix.cpu()
 
-    def report(self, run, row, images, epoch_ends):
-        if epoch_ends:
-            row |= segmentation_metrics(self.test())
-        report_best(self, run, row, epoch_ends)
+    def numbers(self, matrix):
+        return segmentation_metrics(matrix)
 
     def results(self, folder):
         matrix = self.test()
         if folder:
-            write_csv(folder, "confusion.csv", [["true \\ predicted", *self.classes], *([name, *row] for name, row in zip(self.classes, matrix.tolist()))])
+            write_confusion(folder, matrix, self.classes)
             self.show(folder)
-        return segmentation_metrics(matrix)
+        return self.numbers(matrix)
 
     def show(self, folder):
         """pictures/segmentation.png: image, truth and prediction of eight test images; what is ignored has no colour."""
@@ -1054,8 +1050,10 @@ class Segmentation:
                 "metric": self.metric}
 
 
-def report_best(task, run, row, epoch_ends):
-    """Rank 0: a log row; at an epoch's end best.pt too, if its metric is the best so far."""
+def report(run, row, images, epoch_ends, task):
+    """A log row; at an epoch's end with the numbers of the test set, and best.pt if they are the best so far."""
+    if epoch_ends:
+        row |= task.numbers(task.test())
     if not run.folder:
         return
     if not epoch_ends:
@@ -1096,7 +1094,7 @@ def run_set(args, argv, name, device):
             folder.describe(args, argv)
             folder.cut_log(run.batches.start)
             announce(run, train_set, test_set, metric)
-        code = work(run, task.samples, sums, task.report)
+        code = work(run, task.samples, sums, partial(report, task=task))
         if code:
             return code, {}
     results = task.results(folder)
@@ -1128,11 +1126,8 @@ def write_json(folder, results):
     folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
-def write_confusion(folder, scores, labels, classes):
-    """For one label an image confusion.csv, rows the true classes, and its picture, each row divided by its sum."""
-    if labels.ndim > 1:
-        return
-    matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(classes))
+def write_confusion(folder, matrix, classes):
+    """confusion.csv, rows the true classes, and its picture, each row divided by its sum."""
     write_csv(folder, "confusion.csv", [["true \\ predicted", *classes], *([name, *row] for name, row in zip(classes, matrix.tolist()))])
     shares = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)  # (classes, classes)
     picture = heat_map(shares.unsqueeze(0), torch.zeros(1, 3, *shares.shape)) / 0.65  # not over an image, so at full strength
@@ -1217,7 +1212,8 @@ def evaluate(args, device):
         if dist.get_rank() == 0:
             folder = RunFolder(place / Path(name).name if args.several else place)
             write_json(folder, results)
-            write_confusion(folder, p, labels, test_set.classes)
+            if labels.ndim == 1:
+                write_confusion(folder, confusion_matrix(p.argmax(dim=1).cpu(), labels, len(test_set.classes)), test_set.classes)
             print(f"{' + '.join(args.evaluate)} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
     return 0
 

@@ -289,7 +289,7 @@ class Run:
     folder: RunFolder | None = None  # on rank 0
     inputs: Callable = lambda images, labels: (normalize(images),)  # a micro-batch -> what the model is called with
     min_lr: float = 0.0  # the end of the schedule
-    schedule: Callable = lr_at
+    schedule: Callable = lr_at  # (epoch, lr, warm-up epochs, epochs, min_lr) -> rate
 
 
 def assemble(args, model, optimizer, example, length, laptop_lr, device, **more):

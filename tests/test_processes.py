@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import vit
@@ -161,3 +163,22 @@ def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path):
     assert outputs[0] == outputs[1] and "top1" in outputs[0]
     one, two = (json.loads((tmp_path / f"run{processes}" / "results.json").read_text()) for processes in (1, 2))
     assert one["knn_top1"] == two["knn_top1"]
+
+
+def test_two_processes_count_the_pixels_that_one_counts(tmp_path):
+    """finetune.py --protocol segment: of given weights the same confusion matrix."""
+    for split, count in (("training", 8), ("validation", 5)):
+        for part in ("images", "annotations"):
+            (tmp_path / "scenes" / part / split).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 4, (20, 24)).astype(np.uint8)
+            Image.fromarray(np.stack([pixels * 60] * 3, axis=2)).save(tmp_path / "scenes" / "images" / split / f"{i}.png")
+            Image.fromarray(pixels).save(tmp_path / "scenes" / "annotations" / split / f"{i}.png")
+    (tmp_path / "scenes" / "classes.txt").write_text("a\nb\nc\n")
+    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
+    program = [str(ROOT / "finetune.py"), "--protocol", "segment", "--device", "cpu", "--workers", "0"]
+    to_the_end(sys.executable, *program, "--encoder", str(tmp_path / "encoder.pt"), "--data", str(tmp_path / "scenes"), "--out", str(tmp_path / "run"), "--epochs", "1",
+               "--batch-size", "4", "--head-width", "8")
+    confusion = (tmp_path / "run" / "confusion.csv").read_text()
+    to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program, "--evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "two"))
+    assert (tmp_path / "two" / "confusion.csv").read_text() == confusion
