@@ -74,7 +74,8 @@ DEFAULTS = {
     "attentive": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # CAE Appendix A
     "segment": dict(epochs=5, batch_size=16, warmup_epochs=0.5, weight_decay=0.05),  # CAE's code, but for the epochs
 }
-LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3}  # absolute, for AdamW, LARS, SGD, AdamW; ours, but 6.4: MAE's .1 x 16384 / 256
+# Absolute rates, for AdamW, LARS, SGD, AdamW and AdamW; ours, but 6.4, which is MAE's .1 x 16384 / 256.
+LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3, "segment --head linear": 1e-2}
 MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
            "head_width": (1, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
@@ -1085,7 +1086,8 @@ def run_set(args, argv, name, device):
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
     task.prepare(train_set)
     optimizer = build_optimizer(task.model.train(), args)
-    run = assemble(args, task.model, optimizer, task.example(), len(task.samples), LAPTOP_LR[args.protocol], device, folder=folder, inputs=task.inputs,
+    laptop_lr = LAPTOP_LR["segment --head linear" if segment and task.model.frozen else args.protocol]
+    run = assemble(args, task.model, optimizer, task.example(), len(task.samples), laptop_lr, device, folder=folder, inputs=task.inputs,
                    min_lr=MIN_LR[args.protocol], schedule=poly if segment else lr_at)
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
