@@ -49,6 +49,7 @@ import torch.nn.functional as F
 import torchvision.datasets
 from PIL import Image
 from torch import nn
+from torchvision.ops import Conv2dNormActivation  # convolution, BatchNorm, ReLU
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
@@ -462,7 +463,7 @@ class AttentiveHead(nn.Module):
         self.q, self.k, self.v, self.proj = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width), nn.Linear(width, width)
         self.apply(init_weights)
         self.norm = nn.BatchNorm1d(width, affine=False)
-        self.fc = linear_head(width, classes)
+        self.fc = started(nn.Linear(width, classes))
 
     def attend(self, patches):
         """patches (B, L, D) -> attention of the query (B, H, 1, L), values (B, H, L, D / H)."""
@@ -479,12 +480,11 @@ class AttentiveHead(nn.Module):
         return self.fc(self.norm(self.proj(pooled)))
 
 
-def linear_head(width, classes, std=0.01):
-    """A linear layer as MAE's and CAE's code start it."""
-    head = nn.Linear(width, classes)
-    nn.init.normal_(head.weight, std=std)
-    nn.init.zeros_(head.bias)
-    return head
+def started(layer, std=0.01):
+    """A last layer, linear or of 1 x 1 convolutions, as the authors' code starts it."""
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def drop_paths(encoder, rate):
@@ -514,7 +514,7 @@ class Classifier(nn.Module):
             # of a frozen encoder do not move, so here it is the average of all batches (None), which is right from the first one on.
             batch_norm = nn.BatchNorm1d(D, affine=False, eps=1e-6, momentum=None)
             heads = encoder.config["heads"]  # CAE-B's are 12, as its encoder's
-            self.head = AttentiveHead(D, heads, classes) if args.protocol == "attentive" else nn.Sequential(batch_norm, linear_head(D, classes))
+            self.head = AttentiveHead(D, heads, classes) if args.protocol == "attentive" else nn.Sequential(batch_norm, started(nn.Linear(D, classes)))
             return
         encoder.pos_embed.requires_grad_(True)  # MAE's code: trained, after it was resized
         drop_paths(encoder, args.drop_path)
@@ -523,7 +523,7 @@ class Classifier(nn.Module):
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(D, eps=1e-6)
             if fc_norm:
                 self.fc_norm.load_state_dict(fc_norm)
-        self.head = linear_head(D, classes, std=2e-5)  # MAE's code
+        self.head = started(nn.Linear(D, classes), std=2e-5)  # MAE's code
 
     def train(self, mode=True):
         super().train(mode)
@@ -566,22 +566,9 @@ class Scales(nn.Module):
         return [scale(x) for scale, x in zip(self.by_stride, maps)]
 
 
-def conv_bn_relu(n_in, n_out, k):
-    """k x k convolution, BatchNorm, ReLU: (B, n_in, h, w) -> (B, n_out, h, w)."""
-    return nn.Sequential(nn.Conv2d(n_in, n_out, k, padding=k // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
-
-
 def resized(x, size):
     """(B, C, h, w) -> (B, C, *size), bilinear."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def pixel_classifier(width, classes):
-    """A linear layer at each place, started as `linear_head` is."""
-    layer = nn.Conv2d(width, classes, 1)
-    nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class UperHead(nn.Module):
@@ -589,12 +576,12 @@ class UperHead(nn.Module):
 
     def __init__(self, width, channels, classes, pools=(1, 2, 3, 6), dropout=0.1):
         super().__init__()
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), conv_bn_relu(width, channels, 1)) for size in pools)
-        self.bottleneck = conv_bn_relu(width + len(pools) * channels, channels, 3)
-        self.lateral = nn.ModuleList(conv_bn_relu(width, channels, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(conv_bn_relu(channels, channels, 3) for _ in range(3))
-        self.fuse = conv_bn_relu(4 * channels, channels, 3)
-        self.dropout, self.classify = nn.Dropout2d(dropout), pixel_classifier(channels, classes)
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), Conv2dNormActivation(width, channels, 1)) for size in pools)
+        self.bottleneck = Conv2dNormActivation(width + len(pools) * channels, channels, 3)
+        self.lateral = nn.ModuleList(Conv2dNormActivation(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in range(3))
+        self.fuse = Conv2dNormActivation(4 * channels, channels, 3)
+        self.dropout, self.classify = nn.Dropout2d(dropout), started(nn.Conv2d(channels, classes, 1))
 
     def forward(self, maps):
         last = maps[-1]
@@ -621,13 +608,13 @@ class Segmenter(nn.Module):
         self.feature = "patches" if self.frozen else f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}"
         if self.frozen:
             encoder.requires_grad_(False)
-            self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), pixel_classifier(D, classes))  # as in linear probing
+            self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), started(nn.Conv2d(D, classes, 1)))  # as in linear probing
             return
         drop_paths(encoder, args.drop_path)
         encoder.norm = nn.Identity()  # maps are raw outputs of blocks
         channels = args.head_width or D
         self.scales, self.head = Scales(D), UperHead(D, channels, classes)
-        self.auxiliary = nn.Sequential(conv_bn_relu(D, 256, 3), nn.Dropout2d(0.1), pixel_classifier(256, classes))  # on the third map
+        self.auxiliary = nn.Sequential(Conv2dNormActivation(D, 256, 3), nn.Dropout2d(0.1), started(nn.Conv2d(256, classes, 1)))  # on the third map
 
     def train(self, mode=True):
         super().train(mode)
