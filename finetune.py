@@ -417,10 +417,14 @@ def fewer_labels(train, args):
 
 
 class EachOnce(torch.utils.data.Dataset):
-    """(epoch, i) -> (image, label, broken names) for testing: every sample counts once, so a broken image is shown black, and named."""
+    """(epoch, i) -> (image, label, broken names) for testing: every sample counts once, so a broken image is shown black, and named.
+
+    The transform is MAE's: 256 pixels for 224, then the centre; an image that has the size already is left as it is (ours).
+    """
 
     def __init__(self, dataset, image_size):
-        self.dataset, self.image_size, self.transform = dataset, image_size, ForTesting(image_size)
+        self.dataset, self.image_size = dataset, list(image_size)
+        self.crop = v2.Compose([Cover([int(s * 256 / 224) if s <= 224 else s for s in image_size]), v2.CenterCrop(self.image_size)])
 
     def __len__(self):
         return len(self.dataset)
@@ -431,18 +435,7 @@ class EachOnce(torch.utils.data.Dataset):
             image, label = self.dataset[i]
         except Exception:  # bad files make PIL and torchvision raise all kinds
             return torch.zeros(3, *self.image_size, dtype=torch.uint8), self.dataset.label(i), [self.dataset.name(i)]
-        return self.transform(image), label, []
-
-
-class ForTesting:
-    """MAE's: 256 pixels for 224, then the centre; an image that has the size already is left as it is (ours)."""
-
-    def __init__(self, image_size):
-        self.image_size = list(image_size)
-        self.crop = v2.Compose([Cover([int(s * 256 / 224) if s <= 224 else s for s in image_size]), v2.CenterCrop(self.image_size)])
-
-    def __call__(self, image):
-        return image if list(image.shape[-2:]) == self.image_size else self.crop(image)
+        return image if list(image.shape[-2:]) == self.image_size else self.crop(image), label, []
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -467,12 +460,9 @@ class AttentiveHead(nn.Module):
 
     def attend(self, patches):
         """patches (B, L, D) -> attention of the query (B, H, 1, L), values (B, H, L, D / H)."""
-        B, L, D = patches.shape
-        q = self.q(self.norm_q(self.query)).view(1, 1, self.heads, D // self.heads).transpose(1, 2)  # (1, H, 1, D / H)
-        k = self.k(self.norm_k(patches)).view(B, L, self.heads, D // self.heads).transpose(1, 2)  # (B, H, L, D / H)
-        v = self.v(self.norm_v(patches)).view(B, L, self.heads, D // self.heads).transpose(1, 2)
-        scores = q @ k.transpose(-2, -1) / (D // self.heads) ** 0.5
-        return scores.softmax(dim=-1), v
+        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(patches)), self.v(self.norm_v(patches))  # (1, 1, D), (B, L, D) twice
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (1, H, 1, D / H), (B, H, L, D / H) twice
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1), v
 
     def forward(self, patches):  # (B, L, D) -> logits
         attention, v = self.attend(patches)
@@ -944,22 +934,17 @@ class Task:
         return pack_encoder(model.encoder, f"{info['method']}-finetune", model.feature, info["mean"], info["std"], state_dict)
 
 
-class WholeScenes(torch.utils.data.Dataset):
+class WholeScenes(EachOnce):
     """(epoch, i) -> (image, mask as it is in the file, broken names) for testing: the image's short side resized to the crop's."""
 
-    def __init__(self, dataset, image_size):
-        self.dataset, self.short = dataset, min(image_size)
-
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, index):
+        short = min(self.image_size)
         try:
             image, mask = self.dataset[index[1]]
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            nothing = torch.zeros(3, self.short, self.short, dtype=torch.uint8), torch.full((self.short, self.short), IGNORE, dtype=torch.uint8)
+            nothing = torch.zeros(3, short, short, dtype=torch.uint8), torch.full((short, short), IGNORE, dtype=torch.uint8)
             return *nothing, [str(error) if isinstance(error, UserError) else self.dataset.name(index[1])]
-        return v2.functional.resize(image, [self.short], antialias=True), mask, []
+        return v2.functional.resize(image, [short], antialias=True), mask, []
 
 
 class Segmentation:
