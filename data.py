@@ -114,21 +114,37 @@ class Files:
         return self.paths[i]
 
 
-class Torchvision:
-    """A set of torchvision's, its PIL images turned into uint8 tensors."""
+class Labelled:
+    """Samples of data sets with their labels at hand: set[i] -> (uint8 (3, h, w), label). parts: [(data set, labels), ...]."""
 
-    def __init__(self, dataset):
-        self.dataset, self.labels, self.classes = dataset, list(dataset.targets), list(dataset.classes)
+    def __init__(self, parts, classes, chosen=None):
+        self.parts, self.classes = parts, list(classes)
+        self.where = [(part, i) for part, (_, labels) in enumerate(parts) for i in range(len(labels))] if chosen is None else chosen
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.where)
+
+    @property
+    def labels(self):
+        """N classes, or lists of numbers for many labels an image."""
+        return [self.label(i) for i in range(len(self))]
+
+    def label(self, i):
+        part, j = self.where[i]
+        return self.parts[part][1][j]
 
     def __getitem__(self, i):
-        image, label = self.dataset[i]
-        return from_pil(image), label
+        part, j = self.where[i]
+        image = self.parts[part][0][j][0]
+        return image if isinstance(image, torch.Tensor) else from_pil(image), self.label(i)  # torchvision's sets give PIL images
 
     def name(self, i):
-        return f"sample {i} of {type(self.dataset).__name__}"
+        part, j = self.where[i]
+        dataset = self.parts[part][0]
+        return dataset.name(j) if hasattr(dataset, "name") else f"sample {j} of {type(dataset).__name__}"
+
+    def choose(self, indices):
+        return Labelled(self.parts, self.classes, [self.where[i] for i in indices])
 
 
 def regular_polygon(u, v, corners):
@@ -343,7 +359,8 @@ def open_list(path):
 def open_torchvision(args):
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.data]
     try:
-        return tuple(Torchvision(kind(args.data_root, train=train, download=args.download)) for train in (True, False))
+        sets = [kind(args.data_root, train=train, download=args.download) for train in (True, False)]
+        return tuple(Labelled([(dataset, dataset.targets)], dataset.classes) for dataset in sets)
     except Exception as error:  # each set and each server fails in its own way
         raise UserError(f"--data {args.data}: {str(error).splitlines()[0]} -- put its files below {args.data_root} "
                         f"(--data-root) or add --download") from None

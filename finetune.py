@@ -56,8 +56,8 @@ from tqdm import tqdm
 
 import cae
 import train
-from data import (IGNORE, MEAN, NAMES, STD, Cover, RunFolder, Samples, SceneTransform, add_data_args, decode, from_pil, heat_map, loader, normalize, open_folder, open_scenes,
-                  open_sets, picture_sheet, read_log, train_transform)
+from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, RunFolder, Samples, SceneTransform, add_data_args, decode, heat_map, loader, normalize, open_folder,
+                  open_scenes, open_sets, picture_sheet, read_log, train_transform)
 from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint,
                    lr_at, resume, run_program, work)
@@ -302,34 +302,6 @@ SETS = {
     "voc2007": Row("VOCDetection", [{"year": "2007", "image_set": "trainval"}], {"year": "2007", "image_set": "test"}, voc_labels,
                    lambda d: VOC_CLASSES, "map11", (5011, 4952), ""),
 }
-
-
-class Labelled:
-    """Samples of data sets with their labels at hand: set[i] -> (uint8 (3, h, w), label). parts: [(data set, labels), ...]."""
-
-    def __init__(self, parts, classes, chosen=None):
-        self.parts, self.classes = parts, list(classes)
-        self.where = [(part, i) for part, (_, labels) in enumerate(parts) for i in range(len(labels))] if chosen is None else chosen
-
-    def __len__(self):
-        return len(self.where)
-
-    def label(self, i):
-        part, j = self.where[i]
-        return self.parts[part][1][j]
-
-    def __getitem__(self, i):
-        part, j = self.where[i]
-        image = self.parts[part][0][j][0]
-        return image if isinstance(image, torch.Tensor) else from_pil(image), self.label(i)  # torchvision's sets give PIL images
-
-    def name(self, i):
-        part, j = self.where[i]
-        dataset = self.parts[part][0]
-        return dataset.name(j) if hasattr(dataset, "name") else f"sample {j} of {type(dataset).__name__}"
-
-    def choose(self, indices):
-        return Labelled(self.parts, self.classes, [self.where[i] for i in indices])
 
 
 def list_chooses(dataset, labels, path, sizes):
@@ -791,11 +763,6 @@ def over_the_set(function, dataset, args, device):
     return out
 
 
-def labels_of(dataset):
-    """(N,) classes, or (N, classes) for many labels an image."""
-    return torch.tensor([dataset.label(i) for i in range(len(dataset))])
-
-
 def confusion_matrix(predicted, labels, classes):
     """How often class i was taken for class j: (classes, classes)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
@@ -855,7 +822,7 @@ class Task:
 
     def __init__(self, args, test_set, metric, encoder, info, fc_norm, device):
         self.args, self.info, self.device, self.metric = args, info, device, metric
-        self.test_set, self.classes, self.labels = test_set, test_set.classes, labels_of(test_set)
+        self.test_set, self.classes, self.labels = test_set, test_set.classes, torch.tensor(test_set.labels)
         self.model = Classifier(encoder, info, fc_norm, args, len(self.classes), metric == "map11").to(device)
         self.neighbours = {}
         self.testing = EachOnce(test_set, args.image_size)
@@ -879,7 +846,7 @@ class Task:
     def cache(self, train_set):
         """Features in place of images, for training and testing, and the k-nearest-neighbour numbers that come with them."""
         self.model.eval()
-        labels, both = labels_of(train_set), []
+        labels, both = torch.tensor(train_set.labels), []
         for samples in (EachOnce(train_set, self.args.image_size), self.testing):
             both.append(over_the_set(lambda images: self.model.features(self.normalized(images)[0]), samples, self.args, self.device))
         self.samples, self.testing = Cached(both[0], labels), Cached(both[1], self.labels)
@@ -1181,7 +1148,7 @@ def evaluate(args, device):
         _, test_set, metric = in_turn(args, partial(open_labelled, name, opened))
         if list(test_set.classes) != first["classes"]:
             raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
-        p, labels = probabilities(test_set), labels_of(test_set)
+        p, labels = probabilities(test_set), torch.tensor(test_set.labels)
         results = score(p, labels, metric)
         if dist.get_rank() == 0:
             folder = RunFolder(place / Path(name).name if args.several else place)
