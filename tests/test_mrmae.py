@@ -274,6 +274,16 @@ def test_the_total_is_the_weighted_sum_and_two_teachers_share_it(teacher_file):
     assert metrics.keys() == {"recon", "mimic", "mimic_1", "mimic_2"} and not any(value.requires_grad for value in metrics.values())
 
 
+def test_the_defaults_are_the_papers(teacher_file):
+    args = train.parse_args(["--method", "mrmae", "--size", "base", "--image-size", "224", "--patch-size", "16"])
+    assert (args.recon_weight, args.mimic_weight, args.mask_ratio, args.weight_decay, args.decoder_depth) == (0.5, 0.5, 0.75, 0.05, 8)  # Sec. 3.1 and 4.1
+    model = build("mrmae", "--teacher", teacher_file, "--depth", 12)
+    assert (model.visible, model.mimic_at, model.fuse_layers, model.num_visible) == ("top-k", "encoder", [3, 6, 9, 12], 4)  # focused and fused: Table 3, fourth row
+    images = torch.randn(2, 3, 16, 16)
+    loss, metrics = model(images)
+    assert_close(loss.detach(), 0.5 * metrics["recon"] + 0.5 * metrics["mimic"])
+
+
 def test_targets_are_those_of_the_students_patches_in_the_students_order(teacher_file):
     model, images = build("mrmae", "--teacher", teacher_file), torch.randn(3, 3, 16, 16)
     mask = torch.rand(3, 16).argsort(1) < 12
