@@ -2,7 +2,8 @@
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune.
 
-    --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label); open_scenes: with masks as labels
+    --data NAME | FOLDER | LIST.txt -- open_sets --> train and val set: index -> (uint8 (3, H, W) of any size, label); open_scenes: with a mask in place of
+        the label, open_objects: with boxes and a mask an object
         -- Samples: fetch, augment, replace what is broken -- Batches: which samples, in which order -- DataLoader -->
     uint8 (B, 3, H, W), on the device -- normalize --> floats
 
@@ -13,7 +14,9 @@ inside the index, because an attribute would go stale in them.
 import colorsys
 import contextlib
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,7 +37,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit import UserError
+from vit import UserError, say
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, for every set
 STD = (0.229, 0.224, 0.225)
@@ -202,29 +205,40 @@ class Shapes:
         """{"image": uint8 (3, H, W), "label": int, "mask": bool (H, W), "box": (x0, y0, x1, y1) in pixels, ends excluded}."""
         rng = self.rng(i)
         label = int(rng.integers(len(SHAPES)))
-        (H, W), (y, x) = self.image_size, self.coordinates
-        canvas = self.texture(rng, x, y)  # (H, W, 3)
-        for _ in range(6):  # clutter: boxes of this image's own palette, anywhere
+        canvas = self.background(rng)
+        cx, cy, radius, turn = rng.uniform([-0.25, -0.25, 0.4, -np.pi], [0.25, 0.25, 0.75, np.pi]).tolist()
+        canvas, mask, box = self.put(rng, canvas, label, cx, cy, radius, turn)
+        return {"image": self.finish(canvas), "label": label, "mask": mask, "box": box}
+
+    def background(self, rng):
+        """(H, W, 3) in [0, 1]: a texture and clutter, which are boxes of this image's own palette, anywhere."""
+        y, x = self.coordinates
+        canvas = self.texture(rng)
+        for _ in range(6):
             cx, cy, w, h = rng.uniform([-1, -1, 0.05, 0.05], [1, 1, 0.35, 0.35]).tolist()
             box = (np.abs(x - cx) < w) & (np.abs(y - cy) < h)
             canvas[box] = 0.5 * canvas[box] + 0.5 * rng.uniform(0, 1, 3).astype(np.float32)
+        return canvas
 
-        cx, cy, radius, turn = rng.uniform([-0.25, -0.25, 0.4, -np.pi], [0.25, 0.25, 0.75, np.pi]).tolist()
+    def put(self, rng, canvas, label, cx, cy, radius, turn):
+        """An object on the canvas; the unit of centre and radius is half the short side -> canvas, mask (H, W), box."""
+        y, x = self.coordinates
         cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
         u, v = cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
         inside = list(SHAPES.values())[label](u, v)  # (H, W)
-        alpha = np.clip(0.5 + inside * radius * min(H, W) / 2, 0, 1)[..., None]  # an edge one pixel wide
-        canvas = (1 - alpha) * canvas + alpha * self.texture(rng, x, y)
-
+        alpha = np.clip(0.5 + inside * radius * min(self.image_size) / 2, 0, 1)[..., None]  # an edge one pixel wide
+        canvas = (1 - alpha) * canvas + alpha * self.texture(rng)
         mask = alpha[..., 0] >= 0.5 * alpha.max()  # at least a pixel, however small the image
         (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
-        image = torch.from_numpy((canvas * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
-        return {"image": image, "label": label, "mask": torch.from_numpy(mask),
-                "box": (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)}
+        return canvas, torch.from_numpy(mask), (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
 
     @staticmethod
-    def texture(rng, x, y):
+    def finish(canvas):
+        return torch.from_numpy((canvas * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
+
+    def texture(self, rng):
         """Two colours blended by a wave of random direction and length: (H, W, 3) in [0, 1]."""
+        y, x = self.coordinates
         first, second = rng.uniform(0, 1, (2, 3)).astype(np.float32)
         turn, frequency, phase = rng.uniform([0, 1, 0], [np.pi, 12, 2 * np.pi]).tolist()
         wave = 0.5 + 0.5 * np.sin(frequency * math.cos(turn) * x + frequency * math.sin(turn) * y + phase)
@@ -246,6 +260,17 @@ def object_awareness(maps, masks):
 IGNORE = 255  # the class of pixels that count for nothing, in training and in testing
 
 
+def try_some(dataset):
+    """Read up to fifty samples: what is wrong with a whole set shows now, not after an epoch."""
+    for i in torch.linspace(0, len(dataset) - 1, min(len(dataset), 50)).long().tolist():
+        try:
+            dataset[i]
+        except UserError:
+            raise
+        except Exception:  # a broken file is another matter: training and testing say what they do with it
+            pass
+
+
 class Scenes:
     """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, H, W), Mask uint8 (H, W) of classes 0 .. len(classes) - 1 and IGNORE).
 
@@ -262,13 +287,7 @@ class Scenes:
         missing = [mask for mask in self.masks if not os.path.isfile(mask)]
         if missing:
             raise UserError(f"{folder}: {len(missing)} of {len(self.masks)} masks are missing, the first is {missing[0]}")
-        for i in torch.linspace(0, len(self) - 1, min(len(self), 50)).long().tolist():  # a wrong set of classes shows here, not after an epoch
-            try:
-                self[i]
-            except UserError:
-                raise
-            except Exception:  # a broken file is another matter: training and testing say what they do with it
-                pass
+        try_some(self)
 
     def __len__(self):
         return len(self.paths)
@@ -300,19 +319,142 @@ class DrawnScenes(Shapes):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Objects: a box, a class and a mask each. `truth` is what COCO's evaluation compares with, `ids` and `categories` are its numbers of image i and of class k
+# --------------------------------------------------------------------------------------------------------------------
+def coco_tools():
+    """pycocotools, an optional package: COCO's files, its masks, its evaluation."""
+    try:
+        import pycocotools.coco
+        import pycocotools.cocoeval
+        import pycocotools.mask
+    except ImportError:
+        raise UserError("--protocol detect reads COCO's files and computes its metric with pycocotools: pip install pycocotools") from None
+    return pycocotools
+
+
+def quietly(function, *args):
+    """function(*args) without what pycocotools prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args)
+
+
+def as_target(boxes, labels, masks, size):
+    """Objects as transforms and torchvision's detectors want them: boxes (N, 4) x0 y0 x1 y1 in pixels, labels (N,) from 1, masks uint8 (N, H, W)."""
+    return {"boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), format="XYXY", canvas_size=size),
+            "labels": torch.tensor(labels, dtype=torch.long), "masks": tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))}
+
+
+class CocoObjects:
+    """COCO's format: folder/annotations/instances_NAME.json, images in folder/NAME/. set[i] -> (uint8 (3, H, W), target as `as_target` makes it).
+
+    Crowds and boxes without area are no objects to train on (COCO's own train2017 has both); in testing COCO's evaluation treats crowds as it does. An image
+    without an object is tested, not trained on, as in detectron2 and mmdetection.
+    """
+
+    def __init__(self, path, training):
+        tools, self.images = coco_tools(), Path(path).parent.parent / Path(path).stem.removeprefix("instances_")
+        try:
+            self.truth = quietly(tools.coco.COCO, str(path))
+            categories = sorted(self.truth.cats)
+            self.classes = [self.truth.cats[k]["name"] for k in categories]
+            sizes = [(record["file_name"], record["height"], record["width"]) for record in self.truth.dataset["images"]]
+        except Exception as error:  # not JSON, or of another shape
+            raise UserError(f"{path}: not in COCO's format ({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
+        self.categories, self.number, flat = categories, {k: i for i, k in enumerate(categories, start=1)}, []
+        if not categories or not sizes:
+            raise UserError(f"{path}: has {len(categories)} categories and {len(sizes)} images")
+        for note in self.truth.dataset.get("annotations", []):
+            where = f"{path}: annotation {note.get('id')}"
+            if missing := [key for key in ("bbox", "segmentation") if not note.get(key)]:
+                raise UserError(f"{where} has no {missing[0]}; Mask R-CNN learns from boxes and masks")
+            if note["category_id"] not in self.number:
+                raise UserError(f"{where} has the category {note['category_id']}, which is none of its {len(categories)} categories")
+            if note["image_id"] not in self.truth.imgs:
+                raise UserError(f"{where} is of the image {note['image_id']}, which is none of its images")
+            note.setdefault("iscrowd", 0)
+            note.setdefault("area", float(tools.mask.area(self.truth.annToRLE(note))) if "area" not in note else 0)
+            flat += [note] if min(note["bbox"][2:]) <= 0 else []
+        if flat:
+            say(f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]['bbox']} of annotation {flat[0]['id']}")
+        missing = [name for name, _, _ in sizes if not (self.images / name).is_file()]
+        if missing:
+            raise UserError(f"{path}: {len(missing)} of its {len(sizes)} images are missing, the first is {self.images / missing[0]}")
+        self.ids = [i for i in sorted(self.truth.imgs) if not training or self.objects(i)]
+        if not self.ids:
+            raise UserError(f"{path}: none of its images has an object to train on")
+        try_some(self)
+
+    def objects(self, image):
+        return [note for note in self.truth.imgToAnns[image] if not note["iscrowd"] and min(note["bbox"][2:]) > 0]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        image, notes = decode(self.name(i)), self.objects(self.ids[i])
+        size, record = tuple(image.shape[-2:]), self.truth.imgs[self.ids[i]]
+        if size != (record["height"], record["width"]):
+            raise UserError(f"{self.name(i)}: has (after its EXIF rotation) {size[0]} x {size[1]} pixels, its annotations are for {record['height']} x {record['width']}")
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (note["bbox"] for note in notes)]
+        masks = [torch.from_numpy(self.truth.annToMask(note)) for note in notes]
+        return image, as_target(boxes, [self.number[note["category_id"]] for note in notes], masks, size)
+
+    def name(self, i):
+        return str(self.images / self.truth.imgs[self.ids[i]]["file_name"])
+
+
+class DrawnObjects(Shapes):
+    """`shapes` with one to four objects an image, anywhere, half as large as there in proportion to the image."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ids, self.categories = list(range(self.length)), list(range(1, 1 + len(SHAPES)))
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng(seed_of("objects", self.split, i))
+        canvas, placed, labels, masks, boxes = self.background(rng), [], [], [], []
+        half = np.array(self.image_size[::-1]) / min(self.image_size)  # of width and height
+        for _ in range(int(rng.integers(1, 5))):
+            label, radius, turn = int(rng.integers(len(SHAPES))), *rng.uniform([0.2, -np.pi], [0.375, np.pi]).tolist()
+            for cx, cy in rng.uniform(radius - half, half - radius, (20, 2)).tolist():
+                if all(math.hypot(cx - x, cy - y) > radius + r for x, y, r in placed):  # a place where it covers no other
+                    canvas, mask, box = self.put(rng, canvas, label, cx, cy, radius, turn)
+                    placed.append((cx, cy, radius))
+                    labels, masks, boxes = [*labels, 1 + label], [*masks, mask.to(torch.uint8)], [*boxes, box]
+                    break
+        return self.finish(canvas), as_target(boxes, labels, masks, self.image_size)
+
+    @functools.cached_property
+    def truth(self):
+        """The objects of the whole split, as pycocotools holds them."""
+        tools, notes, (H, W) = coco_tools(), [], self.image_size
+        for i in self.ids:
+            target = self[i][1]
+            for (x0, y0, x1, y1), label, mask in zip(target["boxes"].tolist(), target["labels"].tolist(), target["masks"]):
+                notes.append({"id": 1 + len(notes), "image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0,
+                              "area": int(mask.sum()), "segmentation": tools.mask.encode(np.asfortranarray(mask.numpy()))})
+        truth = tools.coco.COCO()
+        truth.dataset = {"images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in self.ids], "annotations": notes,
+                         "categories": [{"id": k, "name": name} for k, name in zip(self.categories, self.classes)]}
+        quietly(truth.createIndex)
+        return truth
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # --data: from a word to sets
 # --------------------------------------------------------------------------------------------------------------------
 NAMES = ("shapes", "cifar10", "cifar100")
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 
-def add_data_args(parser, names=NAMES, scenes=False, **several):
-    """names: of the sets to speak of. scenes: for `open_scenes`, not for `open_sets`. several: nargs and default, if --data takes more than one."""
+def add_data_args(parser, names=NAMES, dense="", **several):
+    """names: of the sets to speak of. dense: the folder that `open_scenes` or `open_objects` takes; else for `open_sets`. several: nargs and default, if --data
+    takes more than one."""
     group = parser.add_argument_group("data")
     group.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes of each training process")
     several = {"default": "shapes", **several}
-    if scenes:
-        group.add_argument("--data", **several, help="shapes, or a folder in ADE20K's layout: images/ and annotations/, each with training/ and validation/, and classes.txt")
+    if dense:
+        group.add_argument("--data", **several, help=f"shapes, or a folder in {dense}")
         parser.set_defaults(data_root="datasets", download=False)  # nothing to download
         return
     group.add_argument("--data", **several, help=f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths")
@@ -408,6 +550,22 @@ def open_scenes(args, splits=("training", "validation")):
     return [Scenes(folder, split, classes) for split in splits]
 
 
+def open_objects(args, splits=("train", "val")):
+    """--data -> sets with boxes and masks, of the given splits."""
+    coco_tools()
+    if args.data == "shapes":
+        return [DrawnObjects(args.image_size, split, {"train": SHAPES_TRAIN, "val": SHAPES_VAL}[split]) for split in splits]
+    sets = []
+    for split in splits:
+        found = sorted(Path(args.data, "annotations").glob(f"instances_{split}*.json"))
+        if len(found) != 1:
+            raise UserError(f"--data {args.data}: neither shapes nor a folder in COCO's layout; it needs one annotations/instances_{split}*.json and has {len(found)}")
+        sets.append(CocoObjects(found[0], training=split == "train"))
+    if any(part.classes != sets[0].classes for part in sets):
+        raise UserError(f"--data {args.data}: its train and val files have different categories")
+    return sets
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # --------------------------------------------------------------------------------------------------------------------
@@ -471,6 +629,17 @@ class SceneTransform:
         return part.as_subclass(torch.Tensor), labels
 
 
+def object_transform(image_size, resize, mean=MEAN):
+    """Training images with their objects: resize, flip. "multi-scale": the short side to .6 to 1 of min(image_size), in eleven steps (CAE Appendix A: 480 to
+    800), the long one at most max(image_size). "jitter": to .1 to 2 times image_size, then a crop of it, filled with the mean colour (ViTDet)."""
+    if resize == "multi-scale":
+        parts = [v2.RandomShortestSize([round(min(image_size) * part / 25) for part in range(15, 26)], max_size=max(image_size), antialias=True)]
+    else:
+        fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
+        parts = [v2.ScaleJitter(image_size, scale_range=(0.1, 2.0), antialias=True), v2.RandomCrop(image_size, pad_if_needed=True, fill=fill)]
+    return v2.Compose([*parts, v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
+
+
 class Samples(torch.utils.data.Dataset):
     """(epoch, i) -> (image uint8 (3, H, W) or None, label, names of broken samples met).
 
@@ -495,18 +664,20 @@ class Samples(torch.utils.data.Dataset):
                 broken.append(str(error) if isinstance(error, UserError) else self.dataset.name(i))
                 i = int(torch.randint(len(self.dataset), ()))
             else:
-                return *(self.transform(image, label) if isinstance(label, tv_tensors.Mask) else (self.transform(image), label)), broken
+                return *(self.transform(image, label) if isinstance(label, (tv_tensors.Mask, dict)) else (self.transform(image), label)), broken
         return None, -1, broken
 
 
 def collate(samples):
-    """Samples -> images (B, 3, H, W) uint8 and labels (B,) or masks (B, H, W), or None twice if one could not be made; names of broken samples."""
+    """Samples -> images (B, 3, H, W) uint8 and labels (B,) or masks (B, H, W), or with objects lists of both, or None twice if one could not be made;
+    names of broken samples."""
     images, labels, broken = zip(*samples)
-    if all(image is not None for image in images):
-        images, labels = torch.stack(images), torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels)
-    else:
-        images, labels = None, None
-    return images, labels, [name for names in broken for name in names]
+    names = [name for names in broken for name in names]
+    if any(image is None for image in images):
+        return None, None, names
+    if isinstance(labels[0], dict):
+        return list(images), list(labels), names
+    return torch.stack(images), torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels), names
 
 
 class Batches(torch.utils.data.Sampler):

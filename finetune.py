@@ -1,4 +1,4 @@
-"""What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, k nearest neighbours, and semantic segmentation.
+"""What a pre-trained encoder is worth: fine-tuning, linear and attentive probing, k nearest neighbours, semantic segmentation, detection with masks.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> **finetune**.
 
@@ -8,6 +8,7 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     python finetune.py --encoder ... --protocol finetune --data aircraft cars pets                     # several sets, one row of a table
     python finetune.py --evaluate runs/a runs/b --data ... --predict path/to/images                    # finished classifiers, as an ensemble
     python finetune.py --encoder ... --protocol segment --data path/to/ADEChallengeData2016            # or any folder in its layout, or `shapes`
+    python finetune.py --encoder ... --protocol detect --data path/to/coco                             # the same
 
 A protocol decides what is trained on top of the encoder:
 
@@ -16,6 +17,7 @@ A protocol decides what is trained on top of the encoder:
     attentive   images -- encoder, frozen --> patches (B, L, D) -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
     segment     images -- encoder, trained --> outputs of four blocks (B, D, h, w) -- four scales -- UperNet --> a class for each pixel
                 images -- encoder, frozen --> patches -- BatchNorm, linear (--head linear) --> a class for each pixel
+    detect      images -- encoder, trained --> outputs of the last block, or of four -- a pyramid of five maps -- Mask R-CNN --> boxes, classes, masks
 
 Sources: MixedAE Sec. 4.2 and 4.3 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A for attentive probing,
 MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do it):
@@ -29,6 +31,8 @@ MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because librarie
     - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet, VOC2007 with a binary cross-entropy a class.
     - Segmentation follows BEiT's and CAE's code (which is mmsegmentation's), without their learned relative position bias; photometric distortion is
       torchvision's colour jitter, see data.SceneTransform. BatchNorm is synchronised between processes on CUDA alone.
+    - Detection is torchvision's Mask R-CNN: see `Detector`. Cascade Mask R-CNN (MixedAE Sec. 4.3, CAE Table 7) and ViTDet's window attention are not here, nor
+      the second augmentation of CAE's code (resize, crop, resize), which its paper does not mention.
     - best.pt is the epoch that is best on the test set, as MAE's code counts it: an optimistic number. results.json has the last epoch's too.
 """
 import argparse
@@ -43,21 +47,28 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.datasets
 from PIL import Image
 from torch import nn
-from torchvision.ops import Conv2dNormActivation  # convolution, BatchNorm, ReLU
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign  # the first: convolution, BatchNorm, ReLU
 from torchvision.transforms import v2
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 import cae
 import train
-from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, RunFolder, Samples, SceneTransform, add_data_args, decode, heat_map, loader, normalize, open_folder,
-                  open_scenes, open_sets, picture_sheet, read_log, train_transform)
+from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, RunFolder, Samples, SceneTransform, add_data_args, as_target, coco_tools, decode, heat_map, loader,
+                  normalize, object_transform, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly, read_log, train_transform)
 from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint,
                    lr_at, resume, run_program, work)
@@ -74,12 +85,14 @@ DEFAULTS = {
     "linear": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # MAE's code: LARS without decay
     "attentive": dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]),  # CAE Appendix A
     "segment": dict(epochs=5, batch_size=16, warmup_epochs=0.5, weight_decay=0.05),  # CAE's code, but for the epochs
+    "detect": dict(epochs=1, batch_size=8, warmup_epochs=0.1, weight_decay=0.05, image_size=[128]),  # weight decay: CAE's code
 }
-# Absolute rates, for AdamW, LARS, SGD, AdamW and AdamW; ours, but 6.4, which is MAE's .1 x 16384 / 256.
-LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3, "segment --head linear": 1e-2}
-MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0}  # MAE's code for the first two, CAE's for the others
+DENSE = ("segment", "detect")
+# Absolute rates, for AdamW, LARS, SGD, AdamW, AdamW and AdamW; ours, but 6.4, which is MAE's .1 x 16384 / 256.
+LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3, "segment --head linear": 1e-2, "detect": 1e-3}
+MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0, "detect": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
-           "head_width": (1, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+           "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (1, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
 
 
@@ -95,20 +108,23 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--encoder", default="runs/mixedae/encoder.pt", help="an encoder.pt, a published file (README.md lists them), or none: random weights")
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, several as an ensemble of averaged probabilities, and stop")
-    add("--predict", metavar="FOLDER", help="with --evaluate: the classes of the images in this folder, as a CSV")
-    if protocol != "segment":
+    add("--predict", metavar="FOLDER", help="with --evaluate: what it finds in the images of this folder: classes as a CSV, masks, or COCO's format of results")
+    if protocol not in DENSE:
         add("--label-fraction", type=float, default=1.0, help="use this share of each class's training images (ours)")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's "
         "augreg files want .5 .5 .5]")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="the same, the deviation [timm's augreg files: .5 .5 .5]")
     add_run_args(parser)
-    segment = protocol == "segment"
-    add_data_args(parser, [*NAMES, *SETS], scenes=segment, nargs="+", default=None)
+    layouts = {"segment": "ADE20K's layout: images/ and annotations/, each with training/ and validation/, and classes.txt",
+               "detect": "COCO's: annotations/instances_train*.json and instances_val*.json, and folders of images named as the files from train and val on"}
+    add_data_args(parser, [*NAMES, *SETS], dense=layouts.get(protocol, ""), nargs="+", default=None)
     add_size_args(parser, decoder=False)
     if protocol == "finetune":
         add_finetune_args(parser)
-    elif segment:
+    elif protocol == "segment":
         add_segment_args(parser)
+    elif protocol == "detect":
+        add_detect_args(parser)
     else:
         add = parser.add_argument_group("probes").add_argument
         add("--cache-features", action="store_true", help="compute the features once, of the whole image: no augmentation, but seconds instead of minutes. They stay in "
@@ -116,7 +132,7 @@ def parse_args(argv=None):
         add("--neighbours", type=int, default=20, help="k of the k-nearest-neighbour accuracy that cached features give for free (DINO: 20)")
     if protocol in ("finetune", "linear"):
         add("--feature", choices=("cls", "mean"), help="the class token or the mean of the patch tokens [finetune: mean; linear: as the encoder's authors]")
-    parser.set_defaults(image_size=None, patch_size=None, size=None, **DEFAULTS[protocol])
+    parser.set_defaults(**{"image_size": None, "patch_size": None, "size": None, **DEFAULTS[protocol]})
 
     args = parser.parse_args(argv)
     check_ranges(parser, args, LIMITS)
@@ -127,10 +143,10 @@ def parse_args(argv=None):
     names = [Path(name).name for name in args.data]
     if twice := [data for data, name in zip(args.data, names) if names.count(name) > 1]:
         parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
-    if segment:
+    if protocol == "segment":
         check_segment_args(parser, args)
-    if segment and not 0 < args.scale[0] <= args.scale[1] < 100:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: needs 0 < MIN <= MAX")
+    if protocol == "detect" and args.compile and args.resize == "multi-scale":
+        parser.error("--compile: wants images of one size, so --resize jitter")
     if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
         parser.error(f"--mean {args.mean} --std {args.std}: give both, and a deviation above 0")
     return args
@@ -157,6 +173,23 @@ def check_segment_args(parser, args):
             setattr(args, flag, default)
     if not args.evaluate and args.window is None:
         args.window = "slide"
+    if not 0 < args.scale[0] <= args.scale[1] < 100:
+        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: needs 0 < MIN <= MAX")
+
+
+def add_detect_args(parser):
+    """CAE's numbers (Appendix A and its code) for ViT-B, where a laptop can follow. Test images have a short side of the smaller --image-size, a long one of at
+    most the larger."""
+    add = parser.add_argument_group("detection").add_argument
+    add("--neck", choices=("simple", "fpn"), default="simple", help="maps of all strides from the last block, as ViTDet and MR-MAE have them; or from four blocks, then "
+        "torchvision's FPN (CAE)")
+    add("--resize", choices=("multi-scale", "jitter"), default="multi-scale", help="training images: short side .6 to 1 of the smaller --image-size (CAE: 480 to 800), "
+        "long side at most the larger; or .1 to 2 of --image-size, then a crop of it (ViTDet)")
+    add("--head-width", type=int, default=32, help="channels of the neck and the heads; ours (the papers: 256)")
+    add("--proposals", type=int, default=100, help="boxes that the first stage hands on, in training twice as many; ours (torchvision, detectron2: 1000)")
+    add("--rois", type=int, default=32, help="of these, boxes of an image that the heads learn from; ours (detectron2, mmdetection: 512)")
+    add("--layer-decay", type=float, default=0.75, help="each layer below the neck learns at this much of the rate above it")
+    add("--drop-path", type=float, default=0.2, help="stochastic depth of the last block, rising linearly from 0 in the first")
 
 
 def add_finetune_args(parser):
@@ -560,6 +593,13 @@ def tapped_blocks(depth):
     return [max(1, round(depth * block / 12)) for block in (4, 6, 8, 12)]
 
 
+def four_maps(encoder, images):
+    """Raw outputs of the tapped blocks for normalised images, four (B, D, h, w)."""
+    numbers = tapped_blocks(len(encoder.blocks))
+    maps = dict(zip(dict.fromkeys(numbers), encoder.features(images, taps=numbers)["taps"]))
+    return [maps[number] for number in numbers]  # a shallow encoder gives one map twice
+
+
 class Segmenter(nn.Module):
     """forward(images, masks) -> loss (), {}; logits(images) -> (B, classes, H, W), of images of any size. Heads: "uper", all trained but the
     position table; "linear", on the frozen patches."""
@@ -594,9 +634,7 @@ class Segmenter(nn.Module):
                 patches = self.encoder.features(images)["patches"]  # (B, L, D)
             found = [self.head(patches.transpose(1, 2).unflatten(2, (images.shape[-2] // p, -1)))]
         else:
-            numbers = tapped_blocks(len(self.encoder.blocks))
-            maps = dict(zip(dict.fromkeys(numbers), self.encoder.features(images, taps=numbers)["taps"]))
-            maps = [maps[number] for number in numbers]  # a shallow encoder gives one map twice
+            maps = four_maps(self.encoder, images)
             found = [self.head(self.scales(maps)), *([self.auxiliary(maps[2])] if self.training else [])]
         return [resized(x.float(), images.shape[-2:])[..., :H, :W] for x in found]
 
@@ -635,6 +673,112 @@ def segmentation_metrics(matrix):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Detection with instance masks: torchvision's Mask R-CNN (He et al., ICCV 2017) on a ViT
+# --------------------------------------------------------------------------------------------------------------------
+class SimplePyramid(nn.Module):
+    """The neck of ViTDet (Li et al., ECCV 2022), which MR-MAE Sec. 4.2 follows: the map (B, D, h, w) of the last block -> maps of strides 4, 8, 16 and 32
+    (for patches of 16 pixels), each made by itself, all (B, width, ...)."""
+
+    def __init__(self, D, width):
+        super().__init__()
+        norm, up = partial(LayerNorm2d, eps=1e-6), partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        four = nn.Sequential(up(D, D // 2), norm(D // 2), nn.GELU(), up(D // 2, D // 4))
+        self.by_stride = nn.ModuleList([four, up(D, D // 2), nn.Identity(), nn.MaxPool2d(2)])
+        self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), norm(width),
+                                                   nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)) for channels in (D // 4, D // 2, D, D))
+
+    def forward(self, x):
+        return [lateral(scale(x)) for scale, lateral in zip(self.by_stride, self.lateral)]
+
+
+class Pyramid(nn.Module):
+    """What Mask R-CNN calls a backbone: normalised images (B, 3, H, W) -> {"0": (B, width, H/4, W/4), "1", "2", "3", "pool": (B, width, H/64, W/64)}
+    for patches of 16 pixels, in proportion for others. Necks: "fpn", four blocks through `Scales` and torchvision's FPN (CAE's code); "simple", see there."""
+
+    def __init__(self, encoder, neck, width):
+        super().__init__()
+        self.encoder, self.out_channels = encoder, width
+        encoder.norm = nn.Identity()  # maps are raw outputs of blocks
+        if neck == "fpn":
+            self.scales, self.fpn = Scales(encoder.width), FeaturePyramidNetwork([encoder.width] * 4, width)
+        else:
+            self.simple = SimplePyramid(encoder.width, width)
+
+    def forward(self, images):
+        if hasattr(self, "fpn"):
+            maps = self.fpn({str(i): x for i, x in enumerate(self.scales(four_maps(self.encoder, images)))})
+        else:
+            last = self.encoder.features(images, taps=[len(self.encoder.blocks)])["taps"][0]  # (B, D, h, w)
+            maps = {str(i): x for i, x in enumerate(self.simple(last))}
+        return {**maps, "pool": maps["3"][..., ::2, ::2]}  # the fifth level, for large proposals
+
+
+class Detector(MaskRCNN):
+    """forward(images, targets) in training -> loss (), its five terms; in testing forward(images) -> a dict an image of "boxes" (N, 4), "labels" (N,),
+    "scores" (N,) and "masks" (N, 1, h, w) in [0, 1]. images: a list of (3, h, w) in [0, 1]; in testing they are resized as `data.object_transform` says.
+
+    Heads are those of torchvision's second version: four convolutions and one linear layer, four convolutions for masks; with LayerNorm beside ViTDet's neck,
+    BatchNorm beside CAE's. Losses are torchvision's (CAE's code has a GIoU loss for boxes).
+    """
+
+    def __init__(self, encoder, args, info, classes):
+        p, width = encoder.patch_size, args.head_width
+        if p % 4:
+            raise UserError(f"--protocol detect: the strides p / 4, p / 2, p, 2 p of its maps want a patch size p that is a multiple of 4, not {p}")
+        drop_paths(encoder, args.drop_path)
+        norm = nn.BatchNorm2d if args.neck == "fpn" else partial(LayerNorm2d, eps=1e-6)
+        box_pool, mask_pool = (MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=size, sampling_ratio=2) for size in (7, 14))
+        for pool in (box_pool, mask_pool):  # they take the maps' scales from their first call, which padding must not mislead
+            pool({str(i): torch.zeros(1, 1, side, side) for i, side in enumerate((32, 16, 8, 4))}, [torch.zeros(0, 4)], [(8 * p, 8 * p)])
+        super().__init__(
+            Pyramid(encoder, args.neck, width), min_size=min(args.image_size), max_size=max(args.image_size), image_mean=info["mean"], image_std=info["std"],
+            size_divisible=2 * p, _skip_resize=True,  # in training, where `data.object_transform` has done it
+            rpn_anchor_generator=AnchorGenerator(tuple((2 * p * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),  # 8 strides
+            rpn_head=RPNHead(width, 3, conv_depth=1 if args.neck == "fpn" else 2),  # as CAE's code and ViTDet
+            rpn_pre_nms_top_n_train=2 * args.proposals, rpn_post_nms_top_n_train=2 * args.proposals,
+            rpn_pre_nms_top_n_test=args.proposals, rpn_post_nms_top_n_test=args.proposals, box_batch_size_per_image=args.rois,
+            box_roi_pool=box_pool, box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
+            mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm), mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
+        self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
+        self.feature = f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}" if args.neck == "fpn" else "the last block"
+
+    @property
+    def encoder(self):
+        return self.backbone.encoder
+
+    def forward(self, images, targets=None):
+        found = super().forward(images, targets)
+        return (sum(found.values()), {name: loss.detach() for name, loss in found.items()}) if self.training else found
+
+
+def coco_results(found, image, categories):
+    """What a Detector found in an image -> rows of COCO's format of results: bbox is x, y, width, height; a mask is given by run lengths."""
+    tools, rows = coco_tools(), []
+    for (x0, y0, x1, y1), label, certainty, mask in zip(*(found[key].tolist() for key in ("boxes", "labels", "scores")), found["masks"].cpu()):
+        lengths = tools.mask.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))
+        rows.append({"image_id": image, "category_id": categories[label - 1], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": certainty,
+                     "segmentation": {"size": lengths["size"], "counts": lengths["counts"].decode()}})
+    return rows
+
+
+def detection_metrics(truth, rows):
+    """COCO's evaluation of `rows` (as `coco_results` makes them): box_ap, box_ap50, box_ap75, box_ap_small, .._medium, .._large and the same of masks, in per
+    cent; a size that no object has does not count."""
+    tools, numbers = coco_tools(), {}
+    nothing = tools.coco.COCO()
+    nothing.dataset = {**truth.dataset, "annotations": []}
+    quietly(nothing.createIndex)
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        own = [{key: value for key, value in row.items() if kind == "bbox" or key != "bbox"} for row in rows]  # else the area of a mask were its box's
+        evaluation = tools.cocoeval.COCOeval(truth, quietly(truth.loadRes, own) if own else nothing, kind)
+        for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+            quietly(step)
+        keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+        numbers |= {f"{name}_{key}": 100 * float(value) for key, value in zip(keys, evaluation.stats) if value >= 0}
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Optimizers
 # --------------------------------------------------------------------------------------------------------------------
 def layer_decay_groups(model, layer_decay, weight_decay):
@@ -647,7 +791,7 @@ def layer_decay_groups(model, layer_decay, weight_decay):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        part = name.removeprefix("encoder.").split(".")
+        part = name.rpartition("encoder.")[2].split(".")
         layer = 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else int(part[1]) + 1 if part[0] == "blocks" else depth + 1
         decay = 0.0 if p.ndim == 1 or part[0] in ("cls_token", "pos_embed") else weight_decay
         group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (depth + 1 - layer)})
@@ -684,9 +828,16 @@ def poly(epoch, lr, warmup_epochs, epochs, min_lr):
     return ramp * (min_lr + (lr - min_lr) * (1 - epoch / epochs))
 
 
+def steps(epoch, lr, warmup_epochs, epochs, min_lr):
+    """The schedule of detection: lr, a tenth of it from 9/12 of the run on, a hundredth from 11/12 on (CAE's code: epochs 9 and 11 of 12), after a linear
+    warm-up. It has no min_lr."""
+    ramp = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+    return ramp * lr * 0.1 ** ((epoch >= epochs * 9 / 12) + (epoch >= epochs * 11 / 12))
+
+
 def build_optimizer(model, args):
     """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A and its code)."""
-    if args.protocol in ("finetune", "segment"):
+    if args.protocol in ("finetune", *DENSE):
         return torch.optim.AdamW(layer_decay_groups(model, args.layer_decay, args.weight_decay), lr=0.0, betas=(0.9, 0.999), fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
     if args.protocol == "linear":
@@ -866,12 +1017,15 @@ class Task:
 
     def test(self):
         """Scores (N, classes) of the test set, in order."""
-        for buffer in self.model.buffers():  # each process has BatchNorm statistics of its own since the last step
-            dist.broadcast(buffer, 0)
-        self.model.eval()
+        self.start_testing()
         scores = over_the_set(lambda images: self.model.logits(self.normalized(images)[0]), self.testing, self.args, self.device)
         self.model.train()
         return scores
+
+    def start_testing(self):
+        for buffer in self.model.buffers():  # each process has BatchNorm statistics of its own since the last step
+            dist.broadcast(buffer, 0)
+        self.model.eval()
 
     def numbers(self, scores):
         return score(scores, self.labels, self.metric)
@@ -901,6 +1055,11 @@ class Task:
         return pack_encoder(model.encoder, f"{info['method']}-finetune", model.feature, info["mean"], info["std"], state_dict)
 
 
+def palette(count):
+    """Colours of classes, neighbours apart."""
+    return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / count, 0.5 + 0.5 * (k % 2), 1 - 0.3 * (k % 3))) for k in range(count)]
+
+
 class WholeScenes(EachOnce):
     """(epoch, i) -> (image, mask as it is in the file, broken names) for testing: the image's short side resized to the crop's."""
 
@@ -914,16 +1073,20 @@ class WholeScenes(EachOnce):
         return v2.functional.resize(image, [short], antialias=True), mask, []
 
 
-class Segmentation:
-    """As Task, for scenes."""
+class Segmentation(Task):
+    """A Segmenter and its scenes."""
 
-    metric = "miou"
+    metric, test_split, open, whole = "miou", "validation", staticmethod(open_scenes), WholeScenes
 
     def __init__(self, args, test_set, model, info, device):
-        self.args, self.info, self.device, self.classes = args, info, device, test_set.classes
+        self.args, self.info, self.device, self.test_set, self.classes = args, info, device, test_set, test_set.classes
         if dist.get_world_size() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model, self.testing = model.to(device), WholeScenes(test_set, args.image_size)
+        self.model, self.testing = model.to(device), self.whole(test_set, args.image_size)
+
+    @staticmethod
+    def build(encoder, args, info, classes):
+        return Segmenter(encoder, args, classes)
 
     def prepare(self, train_set):
         self.samples = Samples(train_set, SceneTransform(self.args.image_size, self.args.scale, self.info["mean"]), self.args.seed)
@@ -945,9 +1108,7 @@ class Segmentation:
     def test(self):
         """Confusion matrix (classes, classes) of the test set, rows the truth; each image counts once, whatever the number of processes."""
         rank, world, C = dist.get_rank(), dist.get_world_size(), len(self.classes)
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, 0)
-        self.model.eval()
+        self.start_testing()
         matrix = torch.zeros(C, C, dtype=torch.long, device=self.device)
         for images, masks in batches_of(self.testing, [[i] for i in range(rank, len(self.testing), world)], self.args, self.device, "it does not count"):
             truth = masks[0].to(self.device).long()
@@ -972,7 +1133,7 @@ class Segmentation:
     def show(self, folder):
         """pictures/segmentation.png: image, truth and prediction of eight test images; what is ignored has no colour."""
         self.model.eval()
-        palette = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / len(self.classes), 0.5 + 0.5 * (k % 2), 1 - 0.3 * (k % 3))) for k in range(len(self.classes))]
+        colours = palette(len(self.classes))
         rows, size = [], self.args.image_size
         for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
             image, mask, _ = self.testing[0, i]
@@ -981,13 +1142,123 @@ class Segmentation:
             panels = [image]
             for labels in (mask.as_subclass(torch.Tensor), predicted):
                 labels = v2.functional.resize(labels.unsqueeze(0), size, interpolation=v2.InterpolationMode.NEAREST)[0]
-                panels.append(draw_segmentation_masks(image, torch.stack([labels == k for k in range(len(self.classes))]), alpha=0.7, colors=palette))
+                panels.append(draw_segmentation_masks(image, torch.stack([labels == k for k in range(len(self.classes))]), alpha=0.7, colors=colours))
             rows.append(torch.stack(panels) / 255)
         folder.picture("segmentation.png", picture_sheet(torch.stack(rows), ["image", "truth", "prediction"]))
 
+    def predict_files(self, files, root, folder):
+        """--predict: masks in the layout of the training set's, with the files' names. Rank 0 has the folder."""
+        for path in files.paths if folder else []:
+            try:
+                image = decode(path)
+            except Exception:  # bad files make PIL and torchvision raise all kinds
+                print(f"warning: {path} is broken; it gets no mask", file=sys.stderr)
+                continue
+            small = v2.functional.resize(image, [min(self.args.image_size)], antialias=True).unsqueeze(0)
+            mask = Image.fromarray((1 + self.predict(small, image.shape[-2:])).to(torch.uint8).cpu().numpy())
+            name = "-".join(Path(path).relative_to(root).with_suffix(".png").parts)
+            folder.write(name, lambda file, mask=mask: mask.save(file, "PNG"))
+        say(f"{self.args.out}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
+
+
+class WholeImages(EachOnce):
+    """(epoch, i) -> (image as it is, i, broken names) for testing a Detector, which resizes by itself; of a broken image i is -1."""
+
+    def __getitem__(self, index):
+        i = index[1]
+        try:
+            image = self.dataset[i][0]
+            scale = min(min(self.image_size) / min(image.shape[-2:]), max(self.image_size) / max(image.shape[-2:]))
+            if scale * min(image.shape[-2:]) < 1:
+                raise UserError(f"{self.dataset.name(i)} ({image.shape[-2]} x {image.shape[-1]} pixels), too thin for a long side of {max(self.image_size)},")
+            return image, i, []
+        except Exception as error:  # bad files make PIL and torchvision raise all kinds
+            return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, [str(error) if isinstance(error, UserError) else self.dataset.name(i)]
+
+
+class Detection(Segmentation):
+    """A Detector and its images."""
+
+    metric, test_split, open, whole, build = "box_ap", "val", staticmethod(open_objects), WholeImages, Detector
+
+    def prepare(self, train_set):
+        self.samples = Samples(train_set, object_transform(self.args.image_size, self.args.resize, self.info["mean"]), self.args.seed)
+
+    def inputs(self, images, targets):
+        return [image / 255 for image in images], targets  # the Detector normalises
+
+    def example(self):
+        B, (H, W) = self.args.batch_size, self.args.image_size
+        target = as_target([[0, 0, W / 2, H / 2]], [1], [torch.ones(H, W, dtype=torch.uint8)], (H, W))
+        return list(torch.zeros(B, 3, H, W, device=self.device)), [{key: value.as_subclass(torch.Tensor).to(self.device) for key, value in target.items()}] * B
+
+    def predict(self, image):
+        """uint8 (3, h, w) -> what the Detector finds in it, at its own size."""
+        with inference(self.args, self.device):
+            return self.model([image.to(self.device) / 255])[0]
+
+    def test(self):
+        """What is found in the test images, as COCO's format of results, on rank 0; None elsewhere. Each image is looked at by itself, in whatever process."""
+        rank, world, mine = dist.get_rank(), dist.get_world_size(), []
+        ids, categories = self.test_set.ids, self.test_set.categories
+        self.start_testing()
+        for images, (i,) in batches_of(self.testing, [[i] for i in range(rank, len(self.testing), world)], self.args, self.device, "nothing is found in it"):
+            mine += coco_results(self.predict(images[0]), ids[i], categories) if i >= 0 else []
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(mine, parts)
+        self.model.train()
+        return sorted((row for part in parts for row in part), key=lambda row: row["image_id"]) if rank == 0 else None
+
+    def numbers(self, rows):
+        return {} if rows is None else detection_metrics(self.test_set.truth, rows)
+
+    def results(self, folder):
+        rows = self.test()
+        if folder:
+            write_json(folder, rows, "predictions.json")
+            self.show(folder)
+        return self.numbers(rows)
+
+    def show(self, folder):
+        """pictures/detection.png: image, truth, and what is found with a score above .5, of eight test images."""
+        self.model.eval()
+        sheet, colours, size = [], palette(len(self.classes)), max(256, min(self.args.image_size))
+        for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
+            if (image := self.testing[0, i][0]).shape[-1] == 1:
+                continue  # broken
+            found = {key: value.cpu() for key, value in self.predict(image).items()}
+            sure = found["scores"] > 0.5
+            found = as_target(found["boxes"][sure].tolist(), found["labels"][sure].tolist(), list((found["masks"][sure, 0] > 0.5).to(torch.uint8)), image.shape[-2:])
+            panels = []
+            for objects in (None, self.test_set[i][1], found):
+                large, objects = v2.Resize([size, size])(image, objects)
+                if objects and len(objects["labels"]):
+                    of_each = [colours[k - 1] for k in objects["labels"].tolist()]
+                    large = draw_segmentation_masks(large, objects["masks"].bool(), alpha=0.5, colors=of_each)
+                    large = draw_bounding_boxes(large, objects["boxes"], [self.classes[k - 1] for k in objects["labels"].tolist()], colors=of_each)
+                panels.append(large)
+            sheet.append(torch.stack(panels) / 255)
+        if sheet:
+            folder.picture("detection.png", picture_sheet(torch.stack(sheet), ["image", "truth", "found"]))
+
     def finished(self):
-        return {"model": self.model.state_dict(), "config": self.model.encoder.config, "info": self.info, "args": vars(self.args), "classes": list(self.classes),
-                "metric": self.metric}
+        return {**super().finished(), "categories": list(self.test_set.categories)}
+
+    def predict_files(self, files, root, folder):
+        """--predict: predictions.json, COCO's format of results, and images.json, which says what its numbers mean. An image whose name is a number, as COCO's
+        are, keeps it."""
+        names = [Path(path).stem for path in files.paths]
+        numbered = all(name.isdecimal() for name in names) and len(set(map(int, names))) == len(names)
+        files.ids = [int(name) if numbered else i for i, name in enumerate(names, start=1)]
+        rows = self.test()
+        if folder:
+            write_json(folder, rows, "predictions.json")
+            images = [{"id": i, "file_name": str(Path(path).relative_to(root))} for i, path in zip(files.ids, files.paths)]
+            write_json(folder, {"images": images, "categories": [{"id": k, "name": name} for k, name in zip(files.categories, self.classes)]}, "images.json")
+            print(f"{self.args.out}: predictions.json has {len(rows)} objects of {len(files)} images, images.json the names of both numbers", flush=True)
+
+
+KINDS = {"segment": Segmentation, "detect": Detection}
 
 
 def report(run, row, images, epoch_ends, task):
@@ -1010,14 +1281,14 @@ def run_set(args, argv, name, device):
     place = f"{info['method']}-{args.protocol}-{Path(name).name}"
     out = args.out if args.out and not args.several else str(Path(args.out or "runs") / place)
     args = changed(args, data=name, method=info["method"], image_size=encoder.config["image_size"], out=out)
-    if args.protocol != "finetune" and args.batch_size < 2:
+    if args.protocol not in ("finetune", "detect") and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
-    segment = args.protocol == "segment"
-    train_set, test_set, metric = (*open_scenes(args), Segmentation.metric) if segment else in_turn(args, partial(open_labelled, name, args))
+    kind = KINDS.get(args.protocol)
+    train_set, test_set, metric = (*kind.open(args), kind.metric) if kind else in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
-    if segment:
-        task = Segmentation(args, test_set, Segmenter(encoder, args, len(test_set.classes)), info, device)
+    if kind:
+        task = kind(args, test_set, kind.build(encoder, args, info, len(test_set.classes)), info, device)
     else:
         task = Task(args, test_set, metric, encoder, info, fc_norm, device)
     if (Path(args.out) / "checkpoint.pt").exists():  # features are those of the run's own encoder, whatever lies at --encoder now
@@ -1025,9 +1296,9 @@ def run_set(args, argv, name, device):
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
     task.prepare(train_set)
     optimizer = build_optimizer(task.model.train(), args)
-    laptop_lr = LAPTOP_LR["segment --head linear" if segment and task.model.frozen else args.protocol]
+    laptop_lr = LAPTOP_LR["segment --head linear" if getattr(args, "head", "") == "linear" else args.protocol]
     run = assemble(args, task.model, optimizer, task.example(), len(task.samples), laptop_lr, device, folder=folder, inputs=task.inputs,
-                   min_lr=MIN_LR[args.protocol], schedule=poly if segment else lr_at)
+                   min_lr=MIN_LR[args.protocol], schedule={"segment": poly, "detect": steps}.get(args.protocol, lr_at))
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     if run.batches.start < run.batches.steps:
@@ -1063,8 +1334,8 @@ def write_csv(folder, name, rows):
     folder.write(name, lambda file: file.write(text.getvalue().encode()))
 
 
-def write_json(folder, results):
-    folder.write("results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+def write_json(folder, results, name="results.json"):
+    folder.write(name, lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
 def write_confusion(folder, matrix, classes):
@@ -1098,8 +1369,8 @@ def load_finished(path, device):
         raise UserError(f"{file}: not a best.pt of finetune.py")
     try:
         encoder, run_args, classes = ViT(**saved["config"]), argparse.Namespace(**saved["args"]), len(saved["classes"])
-        if saved["metric"] == Segmentation.metric:
-            model = Segmenter(encoder, run_args, classes)
+        if kind := KINDS.get(run_args.protocol):
+            model = kind.build(encoder, run_args, saved["info"], classes)
         else:
             model = Classifier(encoder, saved["info"], None, run_args, classes, saved["metric"] == "map11")
         model.load_state_dict(saved["model"])
@@ -1112,10 +1383,10 @@ def evaluate(args, device):
     """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are averaged), on --data or --predict."""
     models = [load_finished(path, device) for path in args.evaluate]
     first = models[0][1]
-    if first["metric"] == Segmentation.metric:
+    if first["args"]["protocol"] in DENSE:
         if len(models) > 1:
-            raise UserError(f"--evaluate {' '.join(args.evaluate)}: segmentation has no ensembles; give one run")
-        return evaluate_scenes(args, *models[0], device)
+            raise UserError(f"--evaluate {' '.join(args.evaluate)}: segmentation and detection have no ensembles; give one run")
+        return evaluate_dense(args, *models[0], device)
     for path, (_, saved) in zip(args.evaluate, models):
         if (saved["classes"], saved["metric"]) != (first["classes"], first["metric"]):
             raise UserError(f"--evaluate: {path} has other classes than {args.evaluate[0]}; an ensemble needs the same ones")
@@ -1159,34 +1430,24 @@ def evaluate(args, device):
     return 0
 
 
-def evaluate_scenes(args, model, saved, device):
-    """--evaluate of a segmentation: the numbers of its test set or of --data's, or with --predict masks in the layout of the training set's."""
+def evaluate_dense(args, model, saved, device):
+    """--evaluate of a segmentation or a detection: the numbers of its test set or of --data's, or with --predict what it finds in a folder's images."""
     given = {key: value for key in ("window",) if (value := getattr(args, key, None))}
-    run_args = changed(argparse.Namespace(**saved["args"]), device=args.device, workers=args.workers, compile=args.compile, precision=args.precision, **given)
-    folder, encoder_info = RunFolder(args.out or "runs/evaluate") if dist.get_rank() == 0 else None, saved["info"]
+    out, name = args.out or "runs/evaluate", args.data[0] if args.data else saved["args"]["data"]
+    run_args = changed(argparse.Namespace(**saved["args"]), device=args.device, workers=args.workers, compile=args.compile, precision=args.precision,
+                       data=name, out=out, **given)
+    kind, folder = KINDS[run_args.protocol], RunFolder(out) if dist.get_rank() == 0 else None
     if args.predict:
         files = open_folder(args.predict)
-        files.classes = saved["classes"]
-        task = Segmentation(run_args, files, model, encoder_info, device)
-        for path in files.paths if folder else []:
-            try:
-                image = decode(path)
-            except Exception:  # bad files make PIL and torchvision raise all kinds
-                print(f"warning: {path} is broken; it gets no mask", file=sys.stderr)
-                continue
-            small = v2.functional.resize(image, [min(run_args.image_size)], antialias=True).unsqueeze(0)
-            mask = Image.fromarray((1 + task.predict(small, image.shape[-2:])).to(torch.uint8).cpu().numpy())
-            name = "-".join(Path(path).relative_to(args.predict).with_suffix(".png").parts)
-            folder.write(name, lambda file, mask=mask: mask.save(file, "PNG"))
-        say(f"{args.out or 'runs/evaluate'}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
+        files.classes, files.categories = saved["classes"], saved.get("categories")
+        kind(run_args, files, model, saved["info"], device).predict_files(files, args.predict, folder)
         return 0
     if args.several:
         raise UserError(f"--data {' '.join(args.data)}: give one set")
-    name = args.data[0] if args.data else run_args.data
-    test_set = open_scenes(changed(run_args, data=name), ["validation"])[0]
+    test_set = kind.open(run_args, [kind.test_split])[0]
     if test_set.classes != saved["classes"]:
         raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
-    results = Segmentation(changed(run_args, data=name), test_set, model, encoder_info, device).results(folder)
+    results = kind(run_args, test_set, model, saved["info"], device).results(folder)
     if folder:
         write_json(folder, results)
         print(f"{args.evaluate[0]} on {name}: {', '.join(f'{key} {value:.2f}' for key, value in results.items())}", flush=True)
@@ -1200,7 +1461,7 @@ def transfer(args, argv, device):
         size = open_encoder(args)[0].config["image_size"]
         for name in args.data:
             opened = changed(args, data=name, image_size=size)
-            in_turn(args, partial(open_scenes, opened) if args.protocol == "segment" else partial(open_labelled, name, opened))
+            in_turn(args, partial(KINDS[args.protocol].open, opened) if args.protocol in KINDS else partial(open_labelled, name, opened))
     rows = {}
     for name in args.data:
         code, rows[name] = run_set(args, argv, name, device)

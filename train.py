@@ -476,6 +476,15 @@ def end_epoch(run, row):
     tqdm.write(f"epoch {round(row['epoch'])}/{run.args.epochs}: {', '.join(shown)}")
 
 
+def on_device(batch, device):
+    """A tensor, or lists and dicts of tensors (objects, for detection), moved."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    return [on_device(value, device) for value in batch]
+
+
 def run_steps(run, stream, sums, stop, broken, report):
     """The loop: the steps from run.batches.start on, with the batches of `stream` -> steps done.
 
@@ -490,7 +499,7 @@ def run_steps(run, stream, sums, stop, broken, report):
             for _ in range(args.accumulate):
                 images, labels, names = next(stream)
                 broken.count(images, names)
-                micro_batches.append([tensor.to(run.device, non_blocking=True) for tensor in (images, labels)])
+                micro_batches.append(on_device((images, labels), run.device))
             meter.waited += time.perf_counter() - asked
 
             values, finite = optimizer_step(run, micro_batches, done - 1, bool(stop) or broken.too_many)

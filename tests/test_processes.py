@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import data
+import finetune
 import vit
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run
 from test_cae import ROWS as CAE_ROWS
 from test_mixedae import ROWS
 from test_mrmae import ROWS as MRMAE_ROWS
@@ -175,10 +176,31 @@ def test_two_processes_count_the_pixels_that_one_counts(tmp_path):
             Image.fromarray(np.stack([pixels * 60] * 3, axis=2)).save(tmp_path / "scenes" / "images" / split / f"{i}.png")
             Image.fromarray(pixels).save(tmp_path / "scenes" / "annotations" / split / f"{i}.png")
     (tmp_path / "scenes" / "classes.txt").write_text("a\nb\nc\n")
+    assert_two_test_as_one("confusion.csv", tmp_path, "--protocol", "segment", "--data", tmp_path / "scenes", "--batch-size", 2, "--head-width", 8)
+
+
+def test_two_processes_find_the_objects_that_one_finds(tmp_path):
+    """finetune.py --protocol detect: trained by two, of given weights the same predictions."""
+    pytest.importorskip("pycocotools", reason="pycocotools is optional, and computes COCO's metric")
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 3)):
+        (tmp_path / "coco" / split).mkdir()
+        notes = [{"id": 1 + i, "image_id": i, "category_id": 1, "bbox": [4, 4, 10, 9 + i], "iscrowd": 0, "area": 10 * (9 + i),
+                  "segmentation": [[4, 4, 14, 4, 14, 13 + i, 4, 13 + i]]} for i in range(count)]
+        images = [{"id": i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(count)]
+        content = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "thing"}]}
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        for i in range(count):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(tmp_path / "coco" / split / f"{i}.png")
+    assert_two_test_as_one("predictions.json", tmp_path, "--protocol", "detect", "--neck", "fpn", "--data", tmp_path / "coco", "--batch-size", 2, "--image-size", 32,
+                           "--head-width", 16, "--proposals", 20, "--rois", 16)
+
+
+def assert_two_test_as_one(file, tmp_path, protocol, name, *flags):
+    """A run of finetune.py of two processes wrote the same file as one process that evaluates its weights."""
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
-    program = [str(ROOT / "finetune.py"), "--protocol", "segment", "--device", "cpu", "--workers", "0"]
-    to_the_end(sys.executable, *program, "--encoder", str(tmp_path / "encoder.pt"), "--data", str(tmp_path / "scenes"), "--out", str(tmp_path / "run"), "--epochs", "1",
-               "--batch-size", "4", "--head-width", "8")
-    confusion = (tmp_path / "run" / "confusion.csv").read_text()
-    to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program, "--evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "two"))
-    assert (tmp_path / "two" / "confusion.csv").read_text() == confusion
+    quick = [protocol, name, "--device", "cpu", "--workers", "0"]
+    to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "finetune.py"), *quick, "--encoder", str(tmp_path / "encoder.pt"),
+               *map(str, flags), "--out", str(tmp_path / "run"), "--epochs", "1")
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "one", main=finetune.main, defaults=quick)
+    assert (tmp_path / "one" / file).read_text() == (tmp_path / "run" / file).read_text() and (tmp_path / "run" / file).stat().st_size > 20

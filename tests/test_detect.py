@@ -1,0 +1,383 @@
+"""Detection: COCO's format, drawn objects, transforms, necks, COCO's metric, whole runs."""
+import json
+import os
+import shutil
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import conftest
+import data
+import finetune
+import vit
+from conftest import randomize
+from test_train import checkpoint, interrupt_at, one_line
+from vit import ViT
+
+pytest.importorskip("pycocotools", reason="pycocotools is optional, and computes COCO's metric")
+SMALL = "--head-width 16 --proposals 20 --rois 16 --image-size 32".split()
+QUICK = ["--protocol", "detect", *"--workers 0 --device cpu --epochs 1 --batch-size 4".split(), *SMALL]
+run = partial(conftest.run, main=finetune.main, defaults=QUICK)
+COLOURS = {3: (250, 30, 30), 7: (30, 30, 250)}  # by COCO's number of the category
+
+
+def rectangle(x, y, w, h):
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]  # a polygon
+
+
+def picture(seed):
+    """(image, [(category, [x, y, w, h]), ...]): one or two rectangles, apart, of their category's colour."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(90, 140, (40, 48, 3)).astype(np.uint8)
+    things = [(int(rng.choice([3, 7])), [int(rng.integers(0, 6)) + 24 * k, int(rng.integers(0, 16)), *map(int, rng.integers(12, 18, 2))]) for k in range(1 + seed % 2)]
+    for category, (x, y, w, h) in things:
+        image[y : y + h, x : x + w] = COLOURS[category]
+    return image, things
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """8 training and 5 test images; of each split the first has no annotation, the second a crowd alone, the third a crowd as well."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split, count in (("train2017", 8), ("val2017", 5)):
+        (root / split).mkdir()
+        notes, images = [], []
+        for i in range(count):
+            image, things = picture(10 * count + i)
+            number = 100 * count + i
+            images.append({"id": number, "file_name": f"{number:012d}.png", "height": 40, "width": 48})
+            Image.fromarray(image).save(root / split / images[-1]["file_name"])
+            for category, box in things if i > 1 else []:
+                notes.append({"category_id": category, "image_id": number, "bbox": box, "segmentation": rectangle(*box), "area": box[2] * box[3], "iscrowd": 0})
+            if i in (1, 2):
+                lengths = {"size": [40, 48], "counts": [40 * 40, 40 * 8]}  # the last eight columns
+                notes.append({"category_id": 3, "image_id": number, "bbox": [40, 0, 8, 40], "segmentation": lengths, "area": 320, "iscrowd": 1})
+        content = {"images": images, "annotations": [{"id": k, **note} for k, note in enumerate(notes, start=1)],
+                   "categories": [{"id": 7, "name": "blue thing"}, {"id": 3, "name": "red thing"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(vit.pack_encoder(randomize(ViT((32, 32), 8, 16, 2, 2)), "mae", "cls", data.MEAN, data.STD), path)
+    return path
+
+
+def open_both(folder):
+    return data.open_objects(finetune.argparse.Namespace(data=str(folder)))
+
+
+def detector(*flags, depth=12, patch_size=16):
+    args = finetune.parse_args([*QUICK, "--drop-path", "0", *map(str, flags)])
+    args.image_size = [64, 64]
+    return finetune.Detector(randomize(ViT((64, 64), patch_size, 16, depth, 2)), args, {"mean": list(data.MEAN), "std": list(data.STD)}, 2)
+
+
+def batch(*counts, size=(64, 64)):
+    """Images with so many objects each."""
+    targets = []
+    for count in counts:
+        boxes = [[4.0 + 12 * k, 6.0, 14.0 + 12 * k, 40.0] for k in range(count)]
+        masks = [torch.zeros(size, dtype=torch.uint8) for _ in boxes]
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes):
+            mask[int(y0) : int(y1), int(x0) : int(x1)] = 1
+        targets.append(data.v2.ToPureTensor()(data.as_target(boxes, [1 + k % 2 for k in range(count)], masks, size)))
+    return [torch.rand(3, *size) for _ in counts], targets
+
+
+def test_cocos_format(coco):
+    train_set, test_set = open_both(coco)
+    assert train_set.classes == ["red thing", "blue thing"] and train_set.categories == [3, 7]  # by their numbers, not by their order in the file
+    assert train_set.ids == [802, 803, 804, 805, 806, 807] and test_set.ids == [500, 501, 502, 503, 504]  # what has no object is tested, not trained on
+    for dataset, i, seed in ((train_set, 0, 82), (train_set, 1, 83), (test_set, 3, 53)):
+        (image, target), (true, things) = dataset[i], picture(seed)
+        assert torch.equal(image, torch.from_numpy(true).permute(2, 0, 1))
+        assert target["boxes"].tolist() == [[x, y, x + w, y + h] for _, (x, y, w, h) in things]
+        assert [dataset.categories[k - 1] for k in target["labels"].tolist()] == [category for category, _ in things]  # without the crowd of 802
+        for mask, (_, (x, y, w, h)) in zip(target["masks"], things):
+            assert mask[y : y + h, x : x + w].all() and mask.sum() == w * h
+    assert [len(test_set[i][1]["labels"]) for i in (0, 1)] == [0, 0] and test_set[0][1]["masks"].shape == (0, 40, 48)
+
+
+def test_drawn_objects_have_tight_boxes_and_do_not_cover_each_other():
+    dataset, other, counts = data.DrawnObjects((64, 96), "train", 40), data.DrawnObjects((64, 96), "val", 40), set()
+    for i in range(40):
+        image, target = dataset[i]
+        assert torch.equal(image, dataset[i][0]) and not torch.equal(image, other[i][0])
+        counts.add(len(target["labels"]))
+        assert (target["masks"].sum(dim=0) <= 1).float().mean() > 0.99  # a corner of a square may touch
+        for (x0, y0, x1, y1), mask in zip(target["boxes"].int().tolist(), target["masks"]):
+            inside = mask[y0:y1, x0:x1]
+            assert inside.sum() == mask.sum() and inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            assert (y1 - y0) * (x1 - x0) < 64 * 64 / 3
+    assert counts == {1, 2, 3, 4}
+    truth = other.truth
+    assert sum(len(other[i][1]["labels"]) for i in range(40)) == len(truth.anns)
+    note = truth.anns[1]
+    assert torch.equal(torch.from_numpy(truth.annToMask(note)), other[note["image_id"]][1]["masks"][0].as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("resize", ["multi-scale", "jitter"])
+def test_image_boxes_and_masks_stay_together(coco, resize):
+    train_set, sizes, dropped = open_both(coco)[0], set(), 0
+    transform = data.object_transform([64, 80], resize)
+    for step in range(120):
+        image, target = transform(*train_set[step % 6])
+        assert type(image) is torch.Tensor is type(target["boxes"]) and image.dtype == torch.uint8 and len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        sizes.add(tuple(image.shape[-2:]))
+        dropped += len(target["labels"]) < len(train_set[step % 6][1]["labels"])
+        for box, label, mask in zip(target["boxes"], target["labels"], target["masks"]):
+            if mask.sum() < 50:
+                continue
+            ys, xs = mask.nonzero().unbind(1)
+            assert_close(box, torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float(), atol=1.5, rtol=0)
+            colour = image[:, mask.bool()].float().median(dim=1).values
+            assert (colour[0] > colour[2]) == (train_set.categories[label - 1] == 3)
+    if resize == "multi-scale":
+        assert {min(size) for size in sizes} <= {round(64 * part / 25) for part in range(15, 26)} and len(sizes) > 6 and max(map(max, sizes)) <= 80 and not dropped
+    else:
+        assert sizes == {(64, 80)} and dropped > 0  # cropped away
+
+
+@pytest.mark.parametrize("neck", ["simple", "fpn"])
+@pytest.mark.parametrize("size", [(64, 64), (33, 50), (100, 31), (128, 96)])
+def test_strides_are_4_8_16_32_at_any_input_size(neck, size):
+    model, seen = detector("--neck", neck).eval(), {}
+    model.backbone.register_forward_hook(lambda module, inputs, maps: seen.update(images=inputs[0], maps=maps))
+    model([torch.rand(3, *size)])
+    padded = seen["images"].shape[-2:]
+    scale = min(64 / min(size), 64 / max(size))
+    assert [side % 32 for side in padded] == [0, 0] and all(int(side * scale) <= pad < int(side * scale) + 32 for side, pad in zip(size, padded))
+    for (name, x), stride in zip(seen["maps"].items(), (4, 8, 16, 32, 64)):
+        assert x.shape[1] == 16 and x.shape[-2:] == tuple(-(-side // stride) for side in padded), name
+    assert model.roi_heads.box_roi_pool.scales == model.roi_heads.mask_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert detector("--neck", neck, patch_size=8).roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+
+
+def test_necks_see_the_asked_blocks():
+    for neck, numbers in (("simple", [12]), ("fpn", [4, 6, 8, 12])):
+        model, outputs, seen = detector("--neck", neck).eval(), [], []
+        for block in model.encoder.blocks:
+            block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        (model.backbone.simple if neck == "simple" else model.backbone.scales).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        model([torch.rand(3, 64, 64)])
+        given = seen[0] if neck == "fpn" else [seen[0]]
+        for number, x in zip(numbers, given, strict=True):
+            assert_close(x, outputs[number - 1][:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+
+
+@pytest.mark.parametrize("neck", ["simple", "fpn"])
+@pytest.mark.parametrize("counts", [(2, 1), (3, 0), (0, 0)])
+def test_every_parameter_gets_a_gradient_also_without_objects(neck, counts):
+    model = detector("--neck", neck).train()
+    loss, terms = model(*batch(*counts))
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters()) and not model.encoder.pos_embed.requires_grad
+    assert_close(loss.detach(), sum(terms.values()))
+    assert terms.keys() == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    if counts == (0, 0):
+        assert terms["loss_mask"] == 0 == terms["loss_box_reg"]
+        assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("neck", ["simple", "fpn"])
+def test_both_necks_learn_one_batch(neck):
+    torch.manual_seed(0)
+    model, (images, targets) = detector("--neck", neck, depth=2, patch_size=8).train(), batch(2, 1)
+    for image, target in zip(images, targets):
+        image[:, target["masks"].bool().any(dim=0)] *= 0.2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(images, targets)[0].backward()
+        optimizer.step()
+    for buffer in model.modules():  # as many steps as these leave running means behind
+        if isinstance(buffer, torch.nn.BatchNorm2d):
+            buffer.reset_running_stats()
+            buffer.momentum = None
+    with torch.no_grad():
+        for _ in range(5):
+            model(images, targets)
+        found = model.eval()(images)
+    for one, target in zip(found, targets):
+        overlap = data.torchvision.ops.box_iou(target["boxes"], one["boxes"][one["scores"] > 0.5])
+        assert overlap.shape[1] and (overlap.max(dim=1).values > 0.5).all()
+
+
+def test_layer_decay_reaches_the_encoder_inside_the_detector():
+    model = detector(depth=4)
+    groups = finetune.layer_decay_groups(model, 0.5, 0.05)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale[id(model.encoder.patch_embed.proj.weight)] == 0.5**5 and scale[id(model.encoder.blocks[3].mlp.fc1.weight)] == 0.5
+    assert scale[id(model.backbone.simple.by_stride[1].weight)] == scale[id(model.roi_heads.box_predictor.cls_score.weight)] == 1
+    assert len(scale) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_schedule_falls_at_9_and_11_of_12_epochs():
+    assert [finetune.steps(epoch, 1.0, 0.5, 12, 0.0) for epoch in (0, 0.25, 0.5, 8.99, 9, 10.9, 11, 12)] == pytest.approx([0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def perfect(truth):
+    """The truth as a prediction."""
+    return [{"image_id": note["image_id"], "category_id": note["category_id"], "bbox": note["bbox"], "score": 0.9, "segmentation": truth.annToRLE(note)}
+            for note in truth.anns.values() if not note["iscrowd"]]
+
+
+def test_the_perfect_prediction_has_100_and_what_lies_in_a_crowd_costs_nothing(coco):
+    truth = open_both(coco)[1].truth
+    numbers = finetune.detection_metrics(truth, perfect(truth))
+    assert numbers.keys() == {f"{kind}_{key}" for kind in ("box", "mask") for key in ("ap", "ap50", "ap75", "ap_small")}  # no larger objects here
+    assert all(value == pytest.approx(100) for value in numbers.values())
+    region = {"image_id": 501, "category_id": 3, "bbox": [41, 3, 6, 20], "score": 0.99,
+              "segmentation": data.coco_tools().mask.frPyObjects(rectangle(41, 3, 6, 20), 40, 48)[0]}
+    assert finetune.detection_metrics(truth, [*perfect(truth), region])["box_ap"] == pytest.approx(100)
+    assert finetune.detection_metrics(truth, [*perfect(truth), {**region, "image_id": 500}])["box_ap"] < 99  # where there is no crowd
+    assert set(finetune.detection_metrics(truth, []).values()) == {0.0}
+
+
+def test_a_result_row_is_the_box_and_the_mask_that_were_found():
+    masks = torch.zeros(1, 1, 10, 12)
+    masks[0, 0, 2:5, 3:9] = 0.7
+    found = {"boxes": torch.tensor([[3.0, 2.0, 9.0, 5.0]]), "labels": torch.tensor([2]), "scores": torch.tensor([0.5]), "masks": masks}
+    (row,) = finetune.coco_results(found, 17, [3, 7])
+    decoded = data.coco_tools().mask.decode({**row["segmentation"], "counts": row["segmentation"]["counts"].encode()})
+    assert (row["image_id"], row["category_id"], row["bbox"], row["score"]) == (17, 7, [3, 2, 6, 3], 0.5) and (decoded == (masks[0, 0] > 0.5).numpy()).all()
+    json.dumps(row)
+
+
+def official(truth_file, predictions_file, kind):
+    """pycocotools by itself, from files."""
+    tools = data.coco_tools()
+    truth, rows = tools.coco.COCO(str(truth_file)), json.loads(predictions_file.read_text())
+    if kind == "segm":
+        rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+    evaluation = tools.cocoeval.COCOeval(truth, truth.loadRes(rows), kind)
+    evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    return 100 * evaluation.stats[:4]
+
+
+@pytest.fixture(scope="module")
+def trained(coco, encoder, tmp_path_factory):
+    """A run that has learned its few images."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run("--encoder", encoder, "--data", coco, "--out", out, "--epochs", 16, "--batch-size", 2, "--lr", 5e-3, "--layer-decay", 1, "--drop-path", 0)
+    return out
+
+
+def test_a_run_learns_and_its_ap_is_pycocotools(coco, trained):
+    results = json.loads((trained / "results.json").read_text())
+    assert results["box_ap50"] > 5 and results["mask_ap50"] > 5
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        numbers = official(coco / "annotations" / "instances_val2017.json", trained / "predictions.json", kind)
+        assert_close(numbers, np.array([results[f"{name}_{key}"] for key in ("ap", "ap50", "ap75", "ap_small")]), atol=1e-6, rtol=0)
+    assert {"checkpoint.pt", "best.pt", "predictions.json", "log.jsonl", "pictures"} <= set(os.listdir(trained)) and (trained / "pictures" / "detection.png").exists()
+    last = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    assert last["box_ap"] == pytest.approx(results["box_ap"]) and {"loss_mask", "loss_classifier"} <= last.keys()
+
+
+def test_evaluating_gives_the_same_numbers_and_predicting_keeps_cocos_numbers(coco, trained, tmp_path):
+    run("--evaluate", trained, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["box_ap"] == pytest.approx(json.loads((trained / "results.json").read_text())["best_box_ap"])
+    run("--evaluate", trained, "--out", tmp_path / "out2", "--predict", coco / "val2017")
+    assert (tmp_path / "out2" / "predictions.json").read_text() == (tmp_path / "out" / "predictions.json").read_text()
+    images = json.loads((tmp_path / "out2" / "images.json").read_text())
+    assert images["images"][1] == {"id": 501, "file_name": "000000000501.png"} and images["categories"] == [{"id": 3, "name": "red thing"}, {"id": 7, "name": "blue thing"}]
+    shutil.copytree(coco / "val2017", tmp_path / "named")
+    (tmp_path / "named" / "000000000503.png").rename(tmp_path / "named" / "some name.png")
+    (tmp_path / "named" / "broken.png").write_bytes(b"no image")
+    run("--evaluate", trained, "--out", tmp_path / "out3", "--predict", tmp_path / "named")
+    names = {record["id"]: record["file_name"] for record in json.loads((tmp_path / "out3" / "images.json").read_text())["images"]}
+    assert names[6] == "some name.png" and {row["image_id"] for row in json.loads((tmp_path / "out3" / "predictions.json").read_text())} <= set(names) - {5}
+
+
+@pytest.mark.parametrize("flags", [("--neck", "fpn"), ("--resize", "jitter", "--recompute", "--accumulate", 2, "--batch-size", 2)], ids=lambda flags: flags[1])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(flags, coco, encoder, tmp_path, monkeypatch):
+    flags = ("--encoder", encoder, "--data", coco, "--epochs", 4, *flags)
+    run(*flags, "--out", tmp_path / "whole")
+    interrupt_at(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    run(*flags, "--out", tmp_path / "stopped", code=143)
+    monkeypatch.undo()
+    run(*flags, "--out", tmp_path / "stopped", "--workers", 1)
+    whole, stopped = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped")
+    assert all(torch.equal(value, stopped["model"][name]) for name, value in whole["model"].items())
+    assert (tmp_path / "whole" / "predictions.json").read_text() == (tmp_path / "stopped" / "predictions.json").read_text()
+
+
+def test_shapes_need_no_files(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 8)
+    monkeypatch.setattr(data, "SHAPES_VAL", 3)
+    run("--encoder", encoder, "--data", "shapes", "--out", tmp_path)
+    assert "mask_ap" in json.loads((tmp_path / "results.json").read_text())
+
+
+def changed_notes(root, change, split="train2017"):
+    file = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_mistakes_get_one_line(coco, encoder, tmp_path, capsys, monkeypatch):
+    def broken(change):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(coco, tmp_path / "bad")
+        change(tmp_path / "bad")
+        return tmp_path / "bad"
+
+    def notes(change):
+        return lambda root: changed_notes(root, change)
+
+    for change, words in (
+        (notes(lambda c: c["annotations"][3].update(category_id=5)), ("annotation 4 has the category 5, which is none of its 2 categories",)),
+        (notes(lambda c: c["annotations"][3].update(image_id=5)), ("annotation 4 is of the image 5, which is none",)),
+        (notes(lambda c: c["annotations"][3].pop("segmentation")), ("annotation 4 has no segmentation",)),
+        (notes(lambda c: c["annotations"][3].pop("bbox")), ("annotation 4 has no bbox",)),
+        (notes(lambda c: c["images"][3].update(height=41)), ("000000000803.png: has", "40 x 48 pixels, its annotations are for 41 x 48")),
+        (notes(lambda c: c["categories"].clear()), ("has 0 categories",)),
+        (notes(lambda c: c.pop("images")), ("not in COCO's format",)),
+        (notes(lambda c: c["annotations"].clear()), ("none of its images has an object",)),
+        (lambda root: (root / "annotations/instances_train2017.json").write_text("no json"), ("not in COCO's format",)),
+        (lambda root: (root / "train2017/000000000804.png").unlink(), ("1 of its 8 images are missing, the first is", "000000000804.png")),
+        (lambda root: shutil.rmtree(root / "annotations"), ("one annotations/instances_train*.json and has 0",)),
+        (lambda root: shutil.copy(root / "annotations/instances_train2017.json", root / "annotations/instances_train2014.json"), ("and has 2",)),
+        (lambda root: changed_notes(root, lambda c: c["categories"][0].update(name="x"), "val2017"), ("different categories",)),
+    ):
+        run("--encoder", encoder, "--data", broken(change), "--out", tmp_path / "run", code=2)
+        one_line(capsys, *words)
+    for flags, words in ((("--image-size", 4), ("image size 4 x 4",)), (("--head-width", 0), ("--head-width 0",)), (("--compile",), ("--resize jitter",)),
+                         (("--label-fraction", 0.1), ("unrecognized",)), (("--encoder", "none", "--patch-size", 2), ("multiple of 4, not 2",))):
+        run("--encoder", encoder, "--data", coco, "--out", tmp_path / "run", *flags, code=2)
+        one_line(capsys, *words)
+    monkeypatch.setitem(finetune.sys.modules, "pycocotools.coco", None)
+    run("--encoder", encoder, "--data", coco, "--out", tmp_path / "run", code=2)
+    one_line(capsys, "pip install pycocotools")
+
+
+def test_boxes_without_area_are_said_and_left_out(coco, encoder, tmp_path, capsys):
+    shutil.copytree(coco, tmp_path / "bad")
+    changed_notes(tmp_path / "bad", lambda c: c["annotations"][2].update(bbox=[3, 4, 0, 9]))
+    train_set = open_both(tmp_path / "bad")[0]
+    assert "1 boxes have no area and are not trained on, the first is [3, 4, 0, 9] of annotation 3" in capsys.readouterr().out
+    assert all((target["boxes"][:, 2:] > target["boxes"][:, :2]).all() for _, target in (train_set[i] for i in range(len(train_set))))
+
+
+def test_broken_files_are_named(coco, encoder, tmp_path, capsys):
+    shutil.copytree(coco, tmp_path / "bad")
+    (tmp_path / "bad/val2017/000000000503.png").write_bytes(b"no image")
+    (tmp_path / "bad/train2017/000000000804.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((1, 900, 3), np.uint8)).save(tmp_path / "bad/val2017/000000000504.png")
+    changed_notes(tmp_path / "bad", lambda c: c["images"][4].update(height=1, width=900), "val2017")
+    run("--encoder", encoder, "--data", tmp_path / "bad", "--out", tmp_path / "run", "--batch-size", 6)
+    error = capsys.readouterr().err
+    assert all(words in error for words in ("000000000503.png is broken; nothing is found in it", "000000000804.png is broken; another", "000000000504.png (1 x 900 pixels), too thin"))
+    assert not {row["image_id"] for row in json.loads((tmp_path / "run" / "predictions.json").read_text())} & {503, 504}
