@@ -51,13 +51,12 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import MEAN, STD, denormalize
-from vit import (Block, LayerScale, Mlp, UserError, build_encoder, init_weights, load_file, norm_pix, pack_encoder, patchify, rename, sincos_positions, take,
+from vit import (Block, LayerScale, Mlp, UserError, build_encoder, drop_paths, init_weights, load_file, norm_pix, pack_encoder, patchify, rename, sincos_positions, take,
                  undo_norm_pix, unpatchify, visible_ids)
 
 
@@ -127,7 +126,7 @@ class CrossBlock(nn.Module):
     """A block of the regressor (Sec. 3.1): queries Z_m, keys and values [Z_v, Z_m]. Z_v is read, never changed.
 
     Positions are added to queries and keys, not to values, and the MLP's branch starts from the normalised sum (CAE's code).
-    `recompute` and `drop_path` as in vit.Block.
+    `drop_path` as in vit.Block.
     """
 
     def __init__(self, dim, heads, layer_scale):
@@ -135,9 +134,10 @@ class CrossBlock(nn.Module):
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
         self.attn, self.mlp = CrossAttention(dim, heads), Mlp(dim, 4 * dim)
         self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
-        self.recompute, self.drop_path = False, 0.0
+        self.drop_path = 0.0
 
-    def residuals(self, x, visible, pos_x, pos_visible):
+    def forward(self, x, visible, pos_x, pos_visible):
+        """Z_m so far (B, U, D'), Z_v (B, V, D'), their positions P_m and P_v -> the next Z_m."""
         def drop(branch):
             return stochastic_depth(branch, self.drop_path, "row", self.training)
 
@@ -145,12 +145,6 @@ class CrossBlock(nn.Module):
         x = x + drop(self.ls1(self.attn(self.norm_q(x + pos_x), self.norm_k(both + pos), self.norm_v(both))))
         x = self.norm2(x)
         return x + drop(self.ls2(self.mlp(x)))
-
-    def forward(self, x, visible, pos_x, pos_visible):
-        """Z_m so far (B, U, D'), Z_v (B, V, D'), their positions P_m and P_v -> the next Z_m."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residuals, x, visible, pos_x, pos_visible, use_reentrant=False)
-        return self.residuals(x, visible, pos_x, pos_visible)
 
 
 class Regressor(nn.Module):
@@ -265,8 +259,7 @@ class CAE(nn.Module):
         self.decoder = Decoder(width, args.decoder_depth, heads, args.layer_scale, self.vocabulary or encoder.config["channels"] * encoder.patch_size**2)
         self.initialise(args.rescaled_init)
         for part in (encoder, self.regressor, self.decoder):
-            for block, rate in zip(part.blocks, torch.linspace(0, args.drop_path, len(part.blocks)).tolist()):
-                block.drop_path = rate
+            drop_paths(part, args.drop_path)
         self.output = "logits" if self.vocabulary else "pixels"
         self.panels = ["image", "visible patches"]
         if not self.vocabulary:

@@ -372,7 +372,8 @@ class CocoObjects:
             if note["image_id"] not in self.truth.imgs:
                 raise UserError(f"{where} is of the image {note['image_id']}, which is none of its images")
             note.setdefault("iscrowd", 0)
-            note.setdefault("area", float(tools.mask.area(self.truth.annToRLE(note))) if "area" not in note else 0)
+            if "area" not in note:
+                note["area"] = float(tools.mask.area(self.truth.annToRLE(note)))
             flat += [note] if min(note["bbox"][2:]) <= 0 else []
         if flat:
             say(f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]['bbox']} of annotation {flat[0]['id']}")

@@ -70,11 +70,11 @@ import train
 from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, RunFolder, Samples, SceneTransform, add_data_args, as_target, coco_tools, decode, heat_map, loader,
                   normalize, object_transform, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly, read_log, train_transform)
 from mrmae import from_official_mcmae
-from train import (RANGES, Parser, add_run_args, assemble, autocast, check_ranges, end_epoch, in_turn, learning_rate, load_checkpoint,
+from train import (RANGES, Parser, add_run_args, assemble, check_ranges, end_epoch, in_turn, inference, learning_rate, load_checkpoint,
                    lr_at, resume, run_program, work)
 from train import parse_args as train_args
-from vit import (UserError, ViT, add_size_args, build_encoder, init_weights, load_file, pack_encoder, read_shape, resize_positions, say, strip_prefixes,
-                 unpack_encoder)
+from vit import (UserError, ViT, add_size_args, build_encoder, drop_paths, init_weights, load_file, pack_encoder, read_shape, resize_positions, say,
+                 strip_prefixes, unpack_encoder)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -482,13 +482,6 @@ def started(layer, std=0.01):
     return layer
 
 
-def drop_paths(encoder, rate):
-    """Stochastic depth: linearly from 0 in the first block to `rate` in the last."""
-    blocks = encoder.all_blocks()
-    for block, value in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
-        block.drop_path = value
-
-
 class Classifier(nn.Module):
     """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {}; logits(inputs) -> (B, classes).
 
@@ -723,8 +716,8 @@ class Detector(MaskRCNN):
 
     def __init__(self, encoder, args, info, classes):
         p, width = encoder.patch_size, args.head_width
-        if p % 4:
-            raise UserError(f"--protocol detect: the strides p / 4, p / 2, p, 2 p of its maps want a patch size p that is a multiple of 4, not {p}")
+        if p not in (4, 8, 16, 32):
+            raise UserError(f"--protocol detect: its maps have strides of p / 4, p / 2, p and 2 p; torchvision wants powers of 2, so patches of 4, 8, 16 or 32 pixels, not {p}")
         drop_paths(encoder, args.drop_path)
         norm = nn.BatchNorm2d if args.neck == "fpn" else partial(LayerNorm2d, eps=1e-6)
         box_pool, mask_pool = (MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=size, sampling_ratio=2) for size in (7, 14))
@@ -872,13 +865,6 @@ def augmented(images, labels, args, info, classes, multi_label):
 # --------------------------------------------------------------------------------------------------------------------
 # Testing
 # --------------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def inference(args, device):
-    """For testing: autocast as in training, but without torch.compile, whose limit of graphs is for the training step."""
-    with torch.no_grad(), autocast(args, device), torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
-        yield
-
-
 def batches_of(dataset, chunks, args, device, then="it counts as a black image"):
     """The chunks of this process (lists of indices), as batches: (images on the device, labels). Broken samples are named; more than 10 and more than 1 %
     of them stop the run."""

@@ -43,13 +43,13 @@ from data import (Batches, BrokenImages, RunFolder, Samples, add_data_args, cent
                   object_awareness, open_sets, outline, patch_scatter, picture_sheet, seed_torch, some_images, train_transform)
 from mixedae import MixedAE
 from mrmae import MAE, MRMAE, from_published
-from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_encoder, load_file, resolve_sizes, unpack_encoder
+from vit import SIZES, UserError, ViT, add_size_args, cls_attention, fill, load_encoder, load_file, recompute, resolve_sizes, unpack_encoder
 
 # A method is an nn.Module with: add_args(parser), static; __init__(args); encoder, a ViT; forward(images) -> loss (), {name: ()};
 # visualize(images) -> pictures (at most B, len(panels), 3, H, W), {name: number, or a list with one a layer}; panels, a list of titles;
 # export() -> what encoder.pt holds. One that trains no encoder names its file in `export_file`; one with sizes of its own has `sizes`.
-# Before each step the loop sets `progress`, the share of the run that is done, for methods with schedules of their own. --recompute sets
-# `recompute` of every module that has it.
+# Before each step the loop sets `progress`, the share of the run that is done, for methods with schedules of their own. --recompute and
+# --compile are for modules with a `drop_path`: the blocks.
 # A new one: write its file, add it here.
 METHODS = {"mae": MAE, "mrmae": MRMAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 LAPTOP_LR = 2e-3  # ours, for the micro model; the papers' rates are --blr, scaled with the batch
@@ -190,8 +190,9 @@ def build_optimizer(model, args):
 
 def wrap(model, args, device, *example):
     """DDP around the model, for one process too, so that there is one path. Applies --compile and --recompute. example: what it is called with."""
-    for block in (m for m in model.modules() if hasattr(m, "recompute")):
-        block.recompute = args.recompute
+    for block in [m for m in model.modules() if hasattr(m, "drop_path")]:
+        if args.recompute:
+            recompute(block)
         if args.compile:
             torch._dynamo.config.recompile_limit = 64  # a graph for each block, as each has its own drop path
             block.compile(dynamic=False)  # in place: the names in the state dict stay
@@ -365,24 +366,22 @@ def optimizer_step(run, micro_batches, step, stop_asked):
 
 
 @contextlib.contextmanager
-def inference(run):
-    """For validation and pictures: autocast as in training, but without drop path, and without torch.compile, whose limit of graphs is for
-    the training step."""
-    stance = torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
-    run.model.eval()
-    with torch.no_grad(), stance, autocast(run.args, run.device):
+def inference(args, device):
+    """For testing and pictures: autocast as in training, but without torch.compile, whose limit of graphs is for the training step."""
+    with torch.no_grad(), autocast(args, device), torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
         yield
-    run.model.train()
 
 
 def evaluate(run, images):
     """Mean loss over whole batches of uint8 val images, with the same masks each time; each process takes every world-th batch."""
     size, total = run.args.batch_size, torch.zeros(2, device=run.device)  # sum, count
+    run.model.eval()  # no drop path
     for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
         seed_torch(run.args.seed, "val", j)
-        with inference(run):
+        with inference(run.args, run.device):
             loss, _ = run.model(normalize(images[j * size :][:size].to(run.device)))
         total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+    run.model.train()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
@@ -390,8 +389,11 @@ def evaluate(run, images):
 def look(run, images):
     """The method's pictures of uint8 images (B, 3, H, W), with the same masks each time, and its numbers, such as accuracy."""
     seed_torch(run.args.seed, "look")
-    with inference(run):
-        return run.model.visualize(normalize(images.to(run.device)))
+    run.model.eval()
+    with inference(run.args, run.device):
+        seen = run.model.visualize(normalize(images.to(run.device)))
+    run.model.train()
+    return seen
 
 
 def illustrate(run, images, regions=None):
@@ -672,12 +674,11 @@ def draw(args, argv, device):
 # --------------------------------------------------------------------------------------------------------------------
 def timed(function, device):
     """Seconds that one call takes, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize = getattr(torch, device.type).synchronize  # torch.cpu's does nothing
+    synchronize()
     started = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - started
 
 

@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -276,8 +277,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. `recompute` = True trades time for memory: activations are computed again in backward.
-    `drop_path` is the probability that a sample skips a branch in training (stochastic depth; fine-tuning and CAE set it)."""
+    """A pre-norm transformer block. `drop_path` is the probability that a sample skips a branch in training: see `drop_paths`."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None):
         super().__init__()
@@ -287,19 +287,26 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.recompute, self.drop_path = False, 0.0
+        self.drop_path = 0.0
 
-    def residuals(self, x):  # (B, N, D)
+    def forward(self, x):  # (B, N, D)
         x = x + self.drop(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
 
     def drop(self, branch):
         return stochastic_depth(branch, self.drop_path, "row", self.training)  # what stays is divided by 1 - drop_path
 
-    def forward(self, x):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residuals, x, use_reentrant=False)
-        return self.residuals(x)
+
+def drop_paths(module, rate):
+    """Stochastic depth (fine-tuning, CAE): `drop_path` of a module's blocks, linearly from 0 in the first to `rate` in the last."""
+    blocks = [part for part in module.modules() if hasattr(part, "drop_path")]  # in the order of the forward pass, those of ConvStem too
+    for block, value in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
+        block.drop_path = value
+
+
+def recompute(block):
+    """Trade time for memory: activations of this block are computed again in backward."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def init_weights(module):
@@ -335,7 +342,7 @@ def conv_embed(channels, width, k):
 
 class ConvBlock(nn.Module):
     """A masked convolution block of MCMAE: a 5 x 5 depthwise convolution between two 1 x 1 ones where a transformer has attention, then an MLP
-    of 1 x 1 convolutions. `recompute` and `drop_path` as in Block."""
+    of 1 x 1 convolutions. `drop_path` as in Block."""
 
     def __init__(self, dim, mlp_ratio):
         super().__init__()
@@ -346,20 +353,15 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 1)
         self.norm2 = LayerNorm2d(dim, eps=1e-5)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Conv2d(dim, hidden, 1), gelu=nn.GELU(), fc2=nn.Conv2d(hidden, dim, 1)))
-        self.recompute, self.drop_path = False, 0.0
+        self.drop_path = 0.0
 
-    def residuals(self, x, keep):
+    def forward(self, x, keep=None):
+        """x (B, width, h, w); keep (B, 1, h, w), False where hidden, or None: nothing is -> (B, width, h, w)."""
         y = self.conv1(self.norm1(x))
         if keep is not None:
             y = y * keep  # just before the one operation that mixes places, so that no hidden one reaches a visible one
         x = x + stochastic_depth(self.conv2(self.attn(y)), self.drop_path, "row", self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
-
-    def forward(self, x, keep=None):
-        """x (B, width, h, w); keep (B, 1, h, w), False where hidden, or None: nothing is -> (B, width, h, w)."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.residuals, x, keep, use_reentrant=False)
-        return self.residuals(x, keep)
 
 
 class ConvStem(nn.Module):
@@ -417,11 +419,6 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
-
-    def all_blocks(self):
-        """Every block in the order of the forward pass, those of the stem too."""
-        stem = [*self.patch_embed.blocks1, *self.patch_embed.blocks2] if self.config["stem"] else []
-        return [*stem, *self.blocks]
 
     def embed(self, images, hidden=None, stages=None):
         """(B, C, H, W) -> patch tokens with positions (B, L, D). Another image size than the built one resizes the table.

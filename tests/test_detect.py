@@ -355,7 +355,7 @@ def test_mistakes_get_one_line(coco, encoder, tmp_path, capsys, monkeypatch):
         run("--encoder", encoder, "--data", broken(change), "--out", tmp_path / "run", code=2)
         one_line(capsys, *words)
     for flags, words in ((("--image-size", 4), ("image size 4 x 4",)), (("--head-width", 0), ("--head-width 0",)), (("--compile",), ("--resize jitter",)),
-                         (("--label-fraction", 0.1), ("unrecognized",)), (("--encoder", "none", "--patch-size", 2), ("multiple of 4, not 2",))):
+                         (("--label-fraction", 0.1), ("unrecognized",)), (("--encoder", "none", "--patch-size", 2), ("patches of 4, 8, 16 or 32 pixels, not 2",))):
         run("--encoder", encoder, "--data", coco, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, *words)
     monkeypatch.setitem(finetune.sys.modules, "pycocotools.coco", None)

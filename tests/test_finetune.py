@@ -170,7 +170,7 @@ def test_conv_stages_learn_at_the_lowest_rate_and_share_the_drop_path():
     names = dict(model.named_parameters())
     assert {scale[id(p)] for name, p in names.items() if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token"))} == {0.5**4}
     assert scale[id(names["encoder.blocks.0.norm1.weight"])] == 0.5**3 and scale[id(names["head.weight"])] == 1
-    assert [block.drop_path for block in model.encoder.all_blocks()] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [block.drop_path for block in model.encoder.modules() if hasattr(block, "drop_path")] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     x = torch.randn(8, 8, 4, 4)
     block = model.encoder.patch_embed.blocks1[0].train()
     block.drop_path = 1 - 1e-6
