@@ -381,8 +381,8 @@ class CocoObjects:
         if missing:
             raise UserError(f"{path}: {len(missing)} of its {len(sizes)} images are missing, the first is {self.images / missing[0]}")
         self.ids = [i for i in sorted(self.truth.imgs) if not training or self.objects(i)]
-        if not self.ids:
-            raise UserError(f"{path}: none of its images has an object to train on")
+        if not any(map(self.objects, self.ids)):
+            raise UserError(f"{path}: none of its images has an object")
         try_some(self)
 
     def objects(self, image):

@@ -1059,16 +1059,20 @@ class WholeScenes(EachOnce):
         return v2.functional.resize(image, [short], antialias=True), mask, []
 
 
-class Segmentation(Task):
-    """A Segmenter and its scenes."""
-
-    metric, test_split, open, whole = "miou", "validation", staticmethod(open_scenes), WholeScenes
+class Dense(Task):
+    """What Segmentation and Detection share. `open`: its sets, of which `test_split` is for testing; `whole`: a set's test images; `build`: its model."""
 
     def __init__(self, args, test_set, model, info, device):
         self.args, self.info, self.device, self.test_set, self.classes = args, info, device, test_set, test_set.classes
         if dist.get_world_size() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.testing = model.to(device), self.whole(test_set, args.image_size)
+
+
+class Segmentation(Dense):
+    """A Segmenter and its scenes."""
+
+    metric, test_split, open, whole = "miou", "validation", staticmethod(open_scenes), WholeScenes
 
     @staticmethod
     def build(encoder, args, info, classes):
@@ -1162,7 +1166,7 @@ class WholeImages(EachOnce):
             return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, [str(error) if isinstance(error, UserError) else self.dataset.name(i)]
 
 
-class Detection(Segmentation):
+class Detection(Dense):
     """A Detector and its images."""
 
     metric, test_split, open, whole, build = "box_ap", "val", staticmethod(open_objects), WholeImages, Detector
@@ -1321,7 +1325,7 @@ def write_csv(folder, name, rows):
 
 
 def write_json(folder, results, name="results.json"):
-    folder.write(name, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    folder.write(name, lambda file: file.write(json.dumps(results, indent=1 if isinstance(results, dict) else None).encode()))
 
 
 def write_confusion(folder, matrix, classes):
