@@ -33,6 +33,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -348,42 +349,59 @@ class CocoObjects:
     """COCO's format: folder/annotations/instances_NAME.json, images in folder/NAME/. set[i] -> (uint8 (3, H, W), target as `as_target` makes it).
 
     Crowds and boxes without area are no objects to train on (COCO's own train2017 has both); in testing COCO's evaluation treats crowds as it does. An image
-    without an object is tested, not trained on, as in detectron2 and mmdetection.
+    without an object is tested, not trained on, as in detectron2 and mmdetection, and so is one that resizing would make thinner than two pixels.
     """
 
-    def __init__(self, path, training):
+    def __init__(self, path, training, image_size, resize):
         tools, self.images = coco_tools(), Path(path).parent.parent / Path(path).stem.removeprefix("instances_")
         try:
             self.truth = quietly(tools.coco.COCO, str(path))
             categories = sorted(self.truth.cats)
-            self.classes = [self.truth.cats[k]["name"] for k in categories]
-            sizes = [(record["file_name"], record["height"], record["width"]) for record in self.truth.dataset["images"]]
+            self.classes = [str(self.truth.cats[k]["name"]) for k in categories]
+            files = [record["file_name"] for record in self.truth.dataset["images"] if record["height"] * record["width"] > 0]
+            self.ids = sorted(self.truth.imgs)
         except Exception as error:  # not JSON, or of another shape
             raise UserError(f"{path}: not in COCO's format ({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
-        self.categories, self.number, flat = categories, {k: i for i, k in enumerate(categories, start=1)}, []
-        if not categories or not sizes:
-            raise UserError(f"{path}: has {len(categories)} categories and {len(sizes)} images")
-        for note in self.truth.dataset.get("annotations", []):
-            where = f"{path}: annotation {note.get('id')}"
-            if missing := [key for key in ("bbox", "segmentation") if not note.get(key)]:
-                raise UserError(f"{where} has no {missing[0]}; Mask R-CNN learns from boxes and masks")
-            if note["category_id"] not in self.number:
-                raise UserError(f"{where} has the category {note['category_id']}, which is none of its {len(categories)} categories")
-            if note["image_id"] not in self.truth.imgs:
-                raise UserError(f"{where} is of the image {note['image_id']}, which is none of its images")
-            note.setdefault("iscrowd", 0)
-            if "area" not in note:
+        self.categories, self.number = categories, {k: i for i, k in enumerate(categories, start=1)}
+        if not categories or not files or len(files) != len(self.ids):
+            raise UserError(f"{path}: has {len(categories)} categories, {len(files)} images and {len(self.ids)} different numbers of images")
+        flat = []
+        for k, note in enumerate(self.truth.dataset.get("annotations", []), start=1):
+            if wrong := self.mistake(note):
+                raise UserError(f"{path}: annotation {note.get('id')} {wrong}")
+            if min(note["bbox"][2:]) <= 0:
+                flat.append(f"{note['bbox']} of annotation {note.get('id')}")
+            note |= {"id": k, "iscrowd": note.get("iscrowd") or 0}  # COCO's evaluation takes an id of 0 for none, and one of two equal ids
+            if note.get("area") is None:
                 note["area"] = float(tools.mask.area(self.truth.annToRLE(note)))
-            flat += [note] if min(note["bbox"][2:]) <= 0 else []
+        quietly(self.truth.createIndex)
         if flat:
-            say(f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]['bbox']} of annotation {flat[0]['id']}")
-        missing = [name for name, _, _ in sizes if not (self.images / name).is_file()]
+            say(f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]}")
+        missing = [name for name in files if not (self.images / name).is_file()]
         if missing:
-            raise UserError(f"{path}: {len(missing)} of its {len(sizes)} images are missing, the first is {self.images / missing[0]}")
-        self.ids = [i for i in sorted(self.truth.imgs) if not training or self.objects(i)]
+            raise UserError(f"{path}: {len(missing)} of its {len(files)} images are missing, the first is {self.images / missing[0]}")
+        if training:
+            sides = {i: least_side((record["height"], record["width"]), image_size, resize) for i, record in self.truth.imgs.items()}
+            if thin := [i for i in self.ids if sides[i] < 2]:
+                say(f"warning: {path}: {len(thin)} images are too thin for --image-size and --resize and not trained on, the first is {self.truth.imgs[thin[0]]['file_name']}")
+            self.ids = [i for i in self.ids if self.objects(i) and sides[i] >= 2]
         if not any(map(self.objects, self.ids)):
             raise UserError(f"{path}: none of its images has an object")
         try_some(self)
+
+    def mistake(self, note):
+        """What is wrong with an annotation, in words, or None."""
+        box, mask, image = note.get("bbox"), note.get("segmentation"), self.truth.imgs.get(note.get("image_id"))
+        if image is None:
+            return f"is of the image {note.get('image_id')}, which is none of its images"
+        if note.get("category_id") not in self.number:
+            return f"has the category {note.get('category_id')}, which is none of its {len(self.number)} categories"
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+            return f"has the bbox {box}; it must be x, y, width, height"
+        if isinstance(mask, dict):
+            return None if mask.get("size") == [image["height"], image["width"]] else f"has a mask of {mask.get('size')} pixels, its image {image['height']} x {image['width']}"
+        if not mask or not all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
+            return "has no segmentation that Mask R-CNN could learn from: it must be polygons of three points or more, x, y, x, y, .., or run lengths"
 
     def objects(self, image):
         return [note for note in self.truth.imgToAnns[image] if not note["iscrowd"] and min(note["bbox"][2:]) > 0]
@@ -405,7 +423,7 @@ class CocoObjects:
 
 
 class DrawnObjects(Shapes):
-    """`shapes` with one to four objects an image, anywhere, half as large as there in proportion to the image."""
+    """`shapes` as CocoObjects are, with one to four objects an image, anywhere, half as large as there in proportion to the image."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -561,7 +579,7 @@ def open_objects(args, splits=("train", "val")):
         found = sorted(Path(args.data, "annotations").glob(f"instances_{split}*.json"))
         if len(found) != 1:
             raise UserError(f"--data {args.data}: neither shapes nor a folder in COCO's layout; it needs one annotations/instances_{split}*.json and has {len(found)}")
-        sets.append(CocoObjects(found[0], training=split == "train"))
+        sets.append(CocoObjects(found[0], split == "train", args.image_size, args.resize))
     if any(part.classes != sets[0].classes for part in sets):
         raise UserError(f"--data {args.data}: its train and val files have different categories")
     return sets
@@ -630,15 +648,34 @@ class SceneTransform:
         return part.as_subclass(torch.Tensor), labels
 
 
-def object_transform(image_size, resize, mean=MEAN):
+class ObjectTransform:
     """Training images with their objects: resize, flip. "multi-scale": the short side to .6 to 1 of min(image_size), in eleven steps (CAE Appendix A: 480 to
     800), the long one at most max(image_size). "jitter": to .1 to 2 times image_size, then a crop of it, filled with the mean colour (ViTDet)."""
-    if resize == "multi-scale":
-        parts = [v2.RandomShortestSize([round(min(image_size) * part / 25) for part in range(15, 26)], max_size=max(image_size), antialias=True)]
-    else:
-        fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
-        parts = [v2.ScaleJitter(image_size, scale_range=(0.1, 2.0), antialias=True), v2.RandomCrop(image_size, pad_if_needed=True, fill=fill)]
-    return v2.Compose([*parts, v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
+
+    def __init__(self, image_size, resize, mean=MEAN):
+        self.crops = resize == "jitter"
+        if self.crops:
+            fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
+            self.resize = v2.Compose([v2.ScaleJitter(image_size, scale_range=(0.1, 2.0), antialias=True), v2.RandomCrop(image_size, pad_if_needed=True, fill=fill)])
+        else:
+            self.resize = v2.RandomShortestSize([round(min(image_size) * part / 25) for part in range(15, 26)], max_size=max(image_size), antialias=True)
+        self.rest = v2.Compose([v2.RandomHorizontalFlip(), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()])
+
+    def __call__(self, image, target):
+        image, target = self.resize(image, target)
+        if self.crops:  # boxes of what the crop has left of the masks, as ViTDet's
+            left = target["masks"].flatten(1).bool().any(dim=1)
+            masks = target["masks"][left]
+            boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # ends excluded
+            target = as_target(boxes.tolist(), target["labels"][left].tolist(), list(masks), image.shape[-2:])
+        return self.rest(image, target)
+
+
+def least_side(size, image_size, resize):
+    """The least short side, in pixels, that ObjectTransform makes of an image of size (h, w)."""
+    if resize == "jitter":
+        return 0.1 * min(size) * min(new / old for new, old in zip(image_size, size))
+    return min(0.6 * min(image_size), min(size) * max(image_size) / max(size))
 
 
 class Samples(torch.utils.data.Dataset):

@@ -60,6 +60,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign  # the first: convolution, BatchNorm, ReLU
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -67,8 +68,8 @@ from tqdm import tqdm
 
 import cae
 import train
-from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, RunFolder, Samples, SceneTransform, add_data_args, as_target, coco_tools, decode, heat_map, loader,
-                  normalize, object_transform, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly, read_log, train_transform)
+from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, ObjectTransform, RunFolder, Samples, SceneTransform, add_data_args, as_target, coco_tools, decode, heat_map, loader,
+                  normalize, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly, read_log, train_transform)
 from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, check_ranges, end_epoch, in_turn, inference, learning_rate, load_checkpoint,
                    lr_at, resume, run_program, work)
@@ -92,7 +93,7 @@ DENSE = ("segment", "detect")
 LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3, "segment --head linear": 1e-2, "detect": 1e-3}
 MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0, "detect": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
-           "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (1, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+           "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (4, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
 
 
@@ -145,8 +146,11 @@ def parse_args(argv=None):
         parser.error(f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, each with its --out")
     if protocol == "segment":
         check_segment_args(parser, args)
-    if protocol == "detect" and args.compile and args.resize == "multi-scale":
-        parser.error("--compile: wants images of one size, so --resize jitter")
+    if protocol == "detect":
+        if args.compile and args.resize == "multi-scale" and not args.evaluate:
+            parser.error("--compile: wants images of one size, so --resize jitter")
+        if min(args.image_size) < 32:
+            parser.error(f"--image-size {' '.join(map(str, args.image_size))}: detection wants 32 pixels or more")
     if (args.mean is None) != (args.std is None) or not all(value > 0 for value in args.std or ()):
         parser.error(f"--mean {args.mean} --std {args.std}: give both, and a deviation above 0")
     return args
@@ -703,15 +707,27 @@ class Pyramid(nn.Module):
         else:
             last = self.encoder.features(images, taps=[len(self.encoder.blocks)])["taps"][0]  # (B, D, h, w)
             maps = {str(i): x for i, x in enumerate(self.simple(last))}
-        return {**maps, "pool": maps["3"][..., ::2, ::2]}  # the fifth level, for large proposals
+        maps["pool"] = maps["3"][..., ::2, ::2]  # the fifth level, for large proposals
+        return {name: x.float() for name, x in maps.items()}  # anchors take their type: a place among 1333 pixels has more bits than bf16
+
+
+class TestResize(GeneralizedRCNNTransform):
+    """What a Detector does with its images first: normalise, in testing resize (in training `data.ObjectTransform` has), pad to a batch. torchvision's own
+    resizes without antialiasing, which training images have."""
+
+    def resize(self, image, target=None):
+        if self.training:
+            return image, target
+        scale = min(self.min_size[0] / min(image.shape[-2:]), self.max_size / max(image.shape[-2:]))
+        return v2.functional.resize(image, [int(scale * side) for side in image.shape[-2:]], antialias=True), target
 
 
 class Detector(MaskRCNN):
     """forward(images, targets) in training -> loss (), its five terms; in testing forward(images) -> a dict an image of "boxes" (N, 4), "labels" (N,),
-    "scores" (N,) and "masks" (N, 1, h, w) in [0, 1]. images: a list of (3, h, w) in [0, 1]; in testing they are resized as `data.object_transform` says.
+    "scores" (N,) and "masks" (N, 1, h, w) in [0, 1]. images: a list of (3, h, w) in [0, 1] of any size.
 
-    Heads are those of torchvision's second version: four convolutions and one linear layer, four convolutions for masks; with LayerNorm beside ViTDet's neck,
-    BatchNorm beside CAE's. Losses are torchvision's (CAE's code has a GIoU loss for boxes).
+    Heads are those of torchvision's second version: four convolutions and one linear layer for boxes, four convolutions for masks. Beside ViTDet's neck each
+    convolution has a LayerNorm, as there; beside CAE's those for boxes a BatchNorm. Losses are torchvision's (CAE's code has a GIoU loss for boxes).
     """
 
     def __init__(self, encoder, args, info, classes):
@@ -724,14 +740,17 @@ class Detector(MaskRCNN):
         for pool in (box_pool, mask_pool):  # they take the maps' scales from their first call, which padding must not mislead
             pool({str(i): torch.zeros(1, 1, side, side) for i, side in enumerate((32, 16, 8, 4))}, [torch.zeros(0, 4)], [(8 * p, 8 * p)])
         super().__init__(
-            Pyramid(encoder, args.neck, width), min_size=min(args.image_size), max_size=max(args.image_size), image_mean=info["mean"], image_std=info["std"],
-            size_divisible=2 * p, _skip_resize=True,  # in training, where `data.object_transform` has done it
+            Pyramid(encoder, args.neck, width),
             rpn_anchor_generator=AnchorGenerator(tuple((2 * p * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),  # 8 strides
             rpn_head=RPNHead(width, 3, conv_depth=1 if args.neck == "fpn" else 2),  # as CAE's code and ViTDet
             rpn_pre_nms_top_n_train=2 * args.proposals, rpn_post_nms_top_n_train=2 * args.proposals,
             rpn_pre_nms_top_n_test=args.proposals, rpn_post_nms_top_n_test=args.proposals, box_batch_size_per_image=args.rois,
             box_roi_pool=box_pool, box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-            mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm), mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
+            mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(width, [width] * 4, 1, None if args.neck == "fpn" else norm),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
+        self.transform = TestResize(min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p)
+        for coder in (self.rpn.box_coder, self.roi_heads.box_coder):  # boxes stay fp32 under AMP
+            coder.decode = lambda codes, boxes, decode=coder.decode: decode(codes.float(), boxes)
         self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
         self.feature = f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}" if args.neck == "fpn" else "the last block"
 
@@ -1172,7 +1191,7 @@ class Detection(Dense):
     metric, test_split, open, whole, build = "box_ap", "val", staticmethod(open_objects), WholeImages, Detector
 
     def prepare(self, train_set):
-        self.samples = Samples(train_set, object_transform(self.args.image_size, self.args.resize, self.info["mean"]), self.args.seed)
+        self.samples = Samples(train_set, ObjectTransform(self.args.image_size, self.args.resize, self.info["mean"]), self.args.seed)
 
     def inputs(self, images, targets):
         return [image / 255 for image in images], targets  # the Detector normalises

@@ -73,13 +73,17 @@ def encoder(tmp_path_factory):
 
 
 def open_both(folder):
-    return data.open_objects(finetune.argparse.Namespace(data=str(folder)))
+    return data.open_objects(finetune.argparse.Namespace(data=str(folder), image_size=[64, 64], resize="jitter"))
 
 
-def detector(*flags, depth=12, patch_size=16):
+def detector(*flags, depth=12, patch_size=16, image_size=(64, 64)):
     args = finetune.parse_args([*QUICK, "--drop-path", "0", *map(str, flags)])
-    args.image_size = [64, 64]
-    return finetune.Detector(randomize(ViT((64, 64), patch_size, 16, depth, 2)), args, {"mean": list(data.MEAN), "std": list(data.STD)}, 2)
+    args.image_size = image_size
+    return finetune.Detector(randomize(ViT(image_size, patch_size, 16, depth, 2)), args, {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}, 2)
+
+
+def normalised(image):
+    return (image - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
 
 
 def batch(*counts, size=(64, 64)):
@@ -129,7 +133,7 @@ def test_drawn_objects_have_tight_boxes_and_do_not_cover_each_other():
 @pytest.mark.parametrize("resize", ["multi-scale", "jitter"])
 def test_image_boxes_and_masks_stay_together(coco, resize):
     train_set, sizes, dropped = open_both(coco)[0], set(), 0
-    transform = data.object_transform([64, 80], resize)
+    transform = data.ObjectTransform([64, 80], resize)
     for step in range(120):
         image, target = transform(*train_set[step % 6])
         assert type(image) is torch.Tensor is type(target["boxes"]) and image.dtype == torch.uint8 and len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
@@ -139,7 +143,7 @@ def test_image_boxes_and_masks_stay_together(coco, resize):
             if mask.sum() < 50:
                 continue
             ys, xs = mask.nonzero().unbind(1)
-            assert_close(box, torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float(), atol=1.5, rtol=0)
+            assert_close(box, torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float(), atol=1.5 if resize == "multi-scale" else 0, rtol=0)
             colour = image[:, mask.bool()].float().median(dim=1).values
             assert (colour[0] > colour[2]) == (train_set.categories[label - 1] == 3)
     if resize == "multi-scale":
@@ -149,19 +153,51 @@ def test_image_boxes_and_masks_stay_together(coco, resize):
 
 
 @pytest.mark.parametrize("neck", ["simple", "fpn"])
-@pytest.mark.parametrize("size", [(64, 64), (33, 50), (100, 31), (128, 96)])
+@pytest.mark.parametrize("size", [(64, 64), (33, 50), (200, 31), (40, 48)])
 def test_strides_are_4_8_16_32_at_any_input_size(neck, size):
-    model, seen = detector("--neck", neck).eval(), {}
+    model, seen, image = detector("--neck", neck, image_size=(64, 96)).eval(), {}, torch.rand(3, *size)
     model.backbone.register_forward_hook(lambda module, inputs, maps: seen.update(images=inputs[0], maps=maps))
-    model([torch.rand(3, *size)])
-    padded = seen["images"].shape[-2:]
-    scale = min(64 / min(size), 64 / max(size))
-    assert [side % 32 for side in padded] == [0, 0] and all(int(side * scale) <= pad < int(side * scale) + 32 for side, pad in zip(size, padded))
+    model([image])
+    padded, scale = seen["images"].shape[-2:], min(64 / min(size), 96 / max(size))
+    resized = data.v2.functional.resize(image, [int(side * scale) for side in size], antialias=True)  # as training images are
+    assert_close(seen["images"][0, :, : resized.shape[1], : resized.shape[2]], normalised(resized), atol=1e-4, rtol=0)
+    assert [side % 32 for side in padded] == [0, 0] and all(side <= pad < side + 32 for side, pad in zip(resized.shape[1:], padded))
     for (name, x), stride in zip(seen["maps"].items(), (4, 8, 16, 32, 64)):
         assert x.shape[1] == 16 and x.shape[-2:] == tuple(-(-side // stride) for side in padded), name
     assert model.roi_heads.box_roi_pool.scales == model.roi_heads.mask_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
     assert detector("--neck", neck, patch_size=8).roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
+
+
+def test_training_images_are_normalised_and_padded_not_resized():
+    model, (images, targets), seen = detector().train(), batch(1, 2, size=(48, 40)), []
+    model.backbone.register_forward_hook(lambda module, inputs, maps: seen.append(inputs[0]))
+    model(images, targets)
+    assert seen[0].shape == (2, 3, 64, 64) and not seen[0][..., 48:, :].any() and not seen[0][..., 40:].any()
+    assert_close(seen[0][1, :, :48, :40], normalised(images[1]))
+
+
+@pytest.mark.parametrize("neck", ["simple", "fpn"])
+def test_boxes_stay_fp32_under_amp(neck):
+    """A place among 1333 pixels needs more bits than bf16 has."""
+    model, (images, targets), seen = detector("--neck", neck).train(), batch(1, 2), []
+    model.rpn.register_forward_hook(lambda module, inputs, output: seen.append(output[0][0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images, targets)[0].backward()
+        found = model.eval()(images)
+    assert [proposals.dtype for proposals in seen] == [torch.float32] * 2 and (seen[1] != seen[1].bfloat16()).any()
+    assert {result["boxes"].dtype for result in found} == {torch.float32}
+
+
+def test_flags_reach_the_model():
+    model = detector("--drop-path", 0.3, "--proposals", 30, "--rois", 12, depth=4)
+    assert [block.drop_path for block in model.encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3]) and model.roi_heads.fg_bg_sampler.batch_size_per_image == 12
+    assert model.rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == 60 and model.eval().rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == 30
+    for neck, convolutions in (("simple", 2), ("fpn", 1)):
+        model = detector("--neck", neck)
+        assert len(model.rpn.head.conv) == convolutions and len([m for m in model.roi_heads.box_head.modules() if isinstance(m, torch.nn.Conv2d)]) == 4
+        assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.roi_heads.box_head.modules()) == (neck == "fpn")
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.roi_heads.mask_head.modules())  # which may see an empty batch
 
 
 def test_necks_see_the_asked_blocks():
@@ -243,6 +279,16 @@ def test_the_perfect_prediction_has_100_and_what_lies_in_a_crowd_costs_nothing(c
     assert finetune.detection_metrics(truth, [*perfect(truth), region])["box_ap"] == pytest.approx(100)
     assert finetune.detection_metrics(truth, [*perfect(truth), {**region, "image_id": 500}])["box_ap"] < 99  # where there is no crowd
     assert set(finetune.detection_metrics(truth, []).values()) == {0.0}
+
+
+def test_annotations_may_be_numbered_in_any_way(coco, tmp_path):
+    """COCO's evaluation takes the number 0 for no annotation, and one of two equal ones."""
+    for number in (lambda k: k, lambda k: 1):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(coco, tmp_path / "copy")
+        changed_notes(tmp_path / "copy", lambda c: [note.update(id=number(k), area=None) for k, note in enumerate(c["annotations"])], "val2017")
+        truth = open_both(tmp_path / "copy")[1].truth
+        assert finetune.detection_metrics(truth, perfect(truth))["box_ap"] == pytest.approx(100)
 
 
 def test_a_result_row_is_the_box_and_the_mask_that_were_found():
@@ -340,8 +386,12 @@ def test_mistakes_get_one_line(coco, encoder, tmp_path, capsys, monkeypatch):
     for change, words in (
         (notes(lambda c: c["annotations"][3].update(category_id=5)), ("annotation 4 has the category 5, which is none of its 2 categories",)),
         (notes(lambda c: c["annotations"][3].update(image_id=5)), ("annotation 4 is of the image 5, which is none",)),
-        (notes(lambda c: c["annotations"][3].pop("segmentation")), ("annotation 4 has no segmentation",)),
-        (notes(lambda c: c["annotations"][3].pop("bbox")), ("annotation 4 has no bbox",)),
+        (notes(lambda c: c["annotations"][3].pop("segmentation")), ("annotation 4 has no segmentation that Mask R-CNN",)),
+        (notes(lambda c: c["annotations"][3].pop("bbox")), ("annotation 4 has the bbox None",)),
+        (notes(lambda c: c["annotations"][3].update(bbox=[1, 2, 3])), ("annotation 4 has the bbox [1, 2, 3]; it must be x, y, width, height",)),
+        (notes(lambda c: c["annotations"][3].update(segmentation=[[1, 2, 3, 4]])), ("annotation 4 has no segmentation that Mask R-CNN", "three points")),
+        (notes(lambda c: c["annotations"][0].update(segmentation={"size": [4, 8], "counts": [32]})), ("annotation 1 has a mask of [4, 8] pixels, its image 40 x 48",)),
+        (notes(lambda c: c["images"].append(c["images"][0])), ("2 categories, 9 images and 8 different numbers",)),
         (notes(lambda c: c["images"][3].update(height=41)), ("000000000803.png: has", "40 x 48 pixels, its annotations are for 41 x 48")),
         (notes(lambda c: c["categories"].clear()), ("has 0 categories",)),
         (notes(lambda c: c.pop("images")), ("not in COCO's format",)),
@@ -355,7 +405,7 @@ def test_mistakes_get_one_line(coco, encoder, tmp_path, capsys, monkeypatch):
     ):
         run("--encoder", encoder, "--data", broken(change), "--out", tmp_path / "run", code=2)
         one_line(capsys, *words)
-    for flags, words in ((("--image-size", 4), ("image size 4 x 4",)), (("--head-width", 0), ("--head-width 0",)), (("--compile",), ("--resize jitter",)),
+    for flags, words in ((("--image-size", 16), ("--image-size 16: detection wants 32",)), (("--rois", 3), ("--rois 3",)), (("--head-width", 0), ("--head-width 0",)), (("--compile",), ("--resize jitter",)),
                          (("--label-fraction", 0.1), ("unrecognized",)), (("--encoder", "none", "--patch-size", 2), ("patches of 4, 8, 16 or 32 pixels, not 2",))):
         run("--encoder", encoder, "--data", coco, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, *words)
@@ -370,6 +420,15 @@ def test_boxes_without_area_are_said_and_left_out(coco, encoder, tmp_path, capsy
     train_set = open_both(tmp_path / "bad")[0]
     assert "1 boxes have no area and are not trained on, the first is [3, 4, 0, 9] of annotation 3" in capsys.readouterr().out
     assert all((target["boxes"][:, 2:] > target["boxes"][:, :2]).all() for _, target in (train_set[i] for i in range(len(train_set))))
+
+
+def test_images_that_resizing_makes_too_thin_are_said_and_left_out(coco, tmp_path, capsys):
+    shutil.copytree(coco, tmp_path / "bad")
+    Image.fromarray(np.zeros((19, 800, 3), np.uint8)).save(tmp_path / "bad/train2017/000000000803.png")
+    changed_notes(tmp_path / "bad", lambda c: c["images"][3].update(height=19, width=800))
+    assert open_both(tmp_path / "bad")[0].ids == [802, 804, 805, 806, 807]
+    assert "1 images are too thin for --image-size and --resize and not trained on, the first is 000000000803.png" in capsys.readouterr().out
+    assert data.least_side((480, 640), [1024, 1024], "jitter") == pytest.approx(76.8) and data.least_side((100, 4000), [800, 1333], "multi-scale") == pytest.approx(33.3, abs=0.1)
 
 
 def test_broken_files_are_named(coco, encoder, tmp_path, capsys):
