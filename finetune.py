@@ -1229,7 +1229,7 @@ class Detection(Dense):
         return self.numbers(rows)
 
     def show(self, folder):
-        """pictures/detection.png: image, truth, and what is found with a score above .5, of eight test images."""
+        """pictures/detection.png: image, truth where it is known, and what is found with a score above .5, of eight test images."""
         self.model.eval()
         sheet, colours, size = [], palette(len(self.classes)), max(256, min(self.args.image_size))
         for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
@@ -1238,17 +1238,18 @@ class Detection(Dense):
             found = {key: value.cpu() for key, value in self.predict(image).items()}
             sure = found["scores"] > 0.5
             found = as_target(found["boxes"][sure].tolist(), found["labels"][sure].tolist(), list((found["masks"][sure, 0] > 0.5).to(torch.uint8)), image.shape[-2:])
-            panels = []
-            for objects in (None, self.test_set[i][1], found):
-                large, objects = v2.Resize([size, size])(image, objects)
+            truth, panels = self.test_set[i][1], []
+            known = {"truth": truth} if isinstance(truth, dict) else {}
+            for objects in (None, *known.values(), found):
+                large, objects = v2.Resize(None, max_size=size)(image, objects)  # the long side
                 if objects and len(objects["labels"]):
                     of_each = [colours[k - 1] for k in objects["labels"].tolist()]
                     large = draw_segmentation_masks(large, objects["masks"].bool(), alpha=0.5, colors=of_each)
                     large = draw_bounding_boxes(large, objects["boxes"], [self.classes[k - 1] for k in objects["labels"].tolist()], colors=of_each)
-                panels.append(large)
+                panels.append(v2.functional.pad(large, [0, 0, size - large.shape[-1], size - large.shape[-2]], fill=255))
             sheet.append(torch.stack(panels) / 255)
         if sheet:
-            folder.picture("detection.png", picture_sheet(torch.stack(sheet), ["image", "truth", "found"]))
+            folder.picture("detection.png", picture_sheet(torch.stack(sheet), ["image", *known, "found"]))
 
     def finished(self):
         return {**super().finished(), "categories": list(self.test_set.categories)}
@@ -1264,7 +1265,9 @@ class Detection(Dense):
             write_json(folder, rows, "predictions.json")
             images = [{"id": i, "file_name": str(Path(path).relative_to(root))} for i, path in zip(files.ids, files.paths)]
             write_json(folder, {"images": images, "categories": [{"id": k, "name": name} for k, name in zip(files.categories, self.classes)]}, "images.json")
-            print(f"{self.args.out}: predictions.json has {len(rows)} objects of {len(files)} images, images.json the names of both numbers", flush=True)
+            self.show(folder)
+            print(f"{self.args.out}: predictions.json has {len(rows)} objects of {len(files)} images, images.json the names that its numbers stand for; "
+                  f"pictures/detection.png shows eight", flush=True)
 
 
 KINDS = {"segment": Segmentation, "detect": Detection}

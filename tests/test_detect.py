@@ -336,6 +336,7 @@ def test_evaluating_gives_the_same_numbers_and_predicting_keeps_cocos_numbers(co
     assert json.loads((tmp_path / "out" / "results.json").read_text())["box_ap"] == pytest.approx(json.loads((trained / "results.json").read_text())["best_box_ap"])
     run("--evaluate", trained, "--out", tmp_path / "out2", "--predict", coco / "val2017")
     assert (tmp_path / "out2" / "predictions.json").read_text() == (tmp_path / "out" / "predictions.json").read_text()
+    assert all((tmp_path / out / "pictures" / "detection.png").exists() for out in ("out", "out2"))
     images = json.loads((tmp_path / "out2" / "images.json").read_text())
     assert images["images"][1] == {"id": 501, "file_name": "000000000501.png"} and images["categories"] == [{"id": 3, "name": "red thing"}, {"id": 7, "name": "blue thing"}]
     shutil.copytree(coco / "val2017", tmp_path / "named")
