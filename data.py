@@ -262,13 +262,14 @@ IGNORE = 255  # the class of pixels that count for nothing, in training and in t
 
 
 def try_some(dataset):
-    """Read up to fifty samples: what is wrong with a whole set shows now, not after an epoch."""
+    """Read up to fifty samples, for the mistakes that only reading shows and a user can mend (UserError: a mask of another size, a label too large). Files that
+    cannot be read are left to training and testing, which name them."""
     for i in torch.linspace(0, len(dataset) - 1, min(len(dataset), 50)).long().tolist():
         try:
             dataset[i]
         except UserError:
             raise
-        except Exception:  # a broken file is another matter: training and testing say what they do with it
+        except Exception:
             pass
 
 
@@ -320,7 +321,7 @@ class DrawnScenes(Shapes):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Objects: a box, a class and a mask each. `truth` is what COCO's evaluation compares with, `ids` and `categories` are its numbers of image i and of class k
+# Objects: a box, a class and a mask each. image_ids[i] and category_ids[k - 1] are COCO's ids of image i and of label k; COCO's evaluation compares with truth
 # --------------------------------------------------------------------------------------------------------------------
 def coco_tools():
     """pycocotools, an optional package: COCO's files, its masks, its evaluation."""
@@ -353,73 +354,82 @@ class CocoObjects:
     """
 
     def __init__(self, path, training, image_size, resize):
-        tools, self.images = coco_tools(), Path(path).parent.parent / Path(path).stem.removeprefix("instances_")
+        self.path, self.images = path, Path(path).parent.parent / Path(path).stem.removeprefix("instances_")
         try:
-            self.truth = quietly(tools.coco.COCO, str(path))
-            categories = sorted(self.truth.cats)
-            self.classes = [str(self.truth.cats[k]["name"]) for k in categories]
+            self.truth = quietly(coco_tools().coco.COCO, str(path))
+            self.image_ids, self.category_ids = sorted(self.truth.imgs), sorted(self.truth.cats)
+            self.classes = [str(self.truth.cats[k]["name"]) for k in self.category_ids]
             files = [record["file_name"] for record in self.truth.dataset["images"] if record["height"] * record["width"] > 0]
-            self.ids = sorted(self.truth.imgs)
         except Exception as error:  # not JSON, or of another shape
             raise UserError(f"{path}: not in COCO's format ({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
-        self.categories, self.number = categories, {k: i for i, k in enumerate(categories, start=1)}
-        if not categories or not files or len(files) != len(self.ids):
-            raise UserError(f"{path}: has {len(categories)} categories, {len(files)} images and {len(self.ids)} different numbers of images")
-        flat = []
-        for k, note in enumerate(self.truth.dataset.get("annotations", []), start=1):
-            if wrong := self.mistake(note):
-                raise UserError(f"{path}: annotation {note.get('id')} {wrong}")
-            if min(note["bbox"][2:]) <= 0:
-                flat.append(f"{note['bbox']} of annotation {note.get('id')}")
-            note |= {"id": k, "iscrowd": note.get("iscrowd") or 0}  # COCO's evaluation takes an id of 0 for none, and one of two equal ids
-            if note.get("area") is None:
-                note["area"] = float(tools.mask.area(self.truth.annToRLE(note)))
-        quietly(self.truth.createIndex)
-        if flat:
-            say(f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]}")
-        missing = [name for name in files if not (self.images / name).is_file()]
-        if missing:
+        if not self.classes or not files or len(files) != len(self.image_ids):
+            raise UserError(f"{path}: has {len(self.classes)} categories, {len(files)} images and {len(self.image_ids)} different numbers of images")
+        if missing := [name for name in files if not (self.images / name).is_file()]:
             raise UserError(f"{path}: {len(missing)} of its {len(files)} images are missing, the first is {self.images / missing[0]}")
+        self.label_of = {k: label for label, k in enumerate(self.category_ids, start=1)}
+        self.check_annotations()
         if training:
-            sides = {i: least_side((record["height"], record["width"]), image_size, resize) for i, record in self.truth.imgs.items()}
-            if thin := [i for i in self.ids if sides[i] < 2]:
-                say(f"warning: {path}: {len(thin)} images are too thin for --image-size and --resize and not trained on, the first is {self.truth.imgs[thin[0]]['file_name']}")
-            self.ids = [i for i in self.ids if self.objects(i) and sides[i] >= 2]
-        if not any(map(self.objects, self.ids)):
+            self.image_ids = self.trainable(image_size, resize)
+        if not any(map(self.objects, self.image_ids)):
             raise UserError(f"{path}: none of its images has an object")
         try_some(self)
 
-    def mistake(self, note):
+    def check_annotations(self):
+        """A UserError for a wrong annotation; what may be missing is filled in."""
+        flat = []
+        for k, annotation in enumerate(self.truth.dataset.get("annotations", []), start=1):
+            if wrong := self.mistake(annotation):
+                raise UserError(f"{self.path}: annotation {annotation.get('id')} {wrong}")
+            if min(annotation["bbox"][2:]) <= 0:
+                flat.append(f"{annotation['bbox']} of annotation {annotation.get('id')}")
+            annotation |= {"id": k, "iscrowd": annotation.get("iscrowd") or 0}  # COCO's evaluation takes an id of 0 for none, and one of two equal ids
+            if annotation.get("area") is None:
+                annotation["area"] = float(coco_tools().mask.area(self.truth.annToRLE(annotation)))
+        quietly(self.truth.createIndex)
+        if flat:
+            say(f"warning: {self.path}: {len(flat)} boxes have no area and are not trained on, the first is {flat[0]}")
+
+    def trainable(self, image_size, resize):
+        """Ids of the images to train on."""
+        sides = {i: least_side((record["height"], record["width"]), image_size, resize) for i, record in self.truth.imgs.items()}
+        if thin := [i for i in self.image_ids if sides[i] < 2]:
+            say(f"warning: {self.path}: {len(thin)} images are too thin for --image-size and --resize and not trained on, "
+                f"the first is {self.truth.imgs[thin[0]]['file_name']}")
+        return [i for i in self.image_ids if self.objects(i) and sides[i] >= 2]
+
+    def mistake(self, annotation):
         """What is wrong with an annotation, in words, or None."""
-        box, mask, image = note.get("bbox"), note.get("segmentation"), self.truth.imgs.get(note.get("image_id"))
+        box, mask, image = annotation.get("bbox"), annotation.get("segmentation"), self.truth.imgs.get(annotation.get("image_id"))
         if image is None:
-            return f"is of the image {note.get('image_id')}, which is none of its images"
-        if note.get("category_id") not in self.number:
-            return f"has the category {note.get('category_id')}, which is none of its {len(self.number)} categories"
+            return f"is of the image {annotation.get('image_id')}, which is none of its images"
+        if annotation.get("category_id") not in self.label_of:
+            return f"has the category {annotation.get('category_id')}, which is none of its {len(self.label_of)} categories"
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
             return f"has the bbox {box}; it must be x, y, width, height"
         if isinstance(mask, dict):
-            return None if mask.get("size") == [image["height"], image["width"]] else f"has a mask of {mask.get('size')} pixels, its image {image['height']} x {image['width']}"
+            size = [image["height"], image["width"]]
+            return None if mask.get("size") == size else f"has a mask of {mask.get('size')} pixels, its image {size}"
         if not mask or not all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
             return "has no segmentation that Mask R-CNN could learn from: it must be polygons of three points or more, x, y, x, y, .., or run lengths"
 
     def objects(self, image):
-        return [note for note in self.truth.imgToAnns[image] if not note["iscrowd"] and min(note["bbox"][2:]) > 0]
+        return [annotation for annotation in self.truth.imgToAnns[image] if not annotation["iscrowd"] and min(annotation["bbox"][2:]) > 0]
 
     def __len__(self):
-        return len(self.ids)
+        return len(self.image_ids)
 
     def __getitem__(self, i):
-        image, notes = decode(self.name(i)), self.objects(self.ids[i])
-        size, record = tuple(image.shape[-2:]), self.truth.imgs[self.ids[i]]
+        image, annotations = decode(self.name(i)), self.objects(self.image_ids[i])
+        size, record = tuple(image.shape[-2:]), self.truth.imgs[self.image_ids[i]]
         if size != (record["height"], record["width"]):
-            raise UserError(f"{self.name(i)}: has (after its EXIF rotation) {size[0]} x {size[1]} pixels, its annotations are for {record['height']} x {record['width']}")
-        boxes = [[x, y, x + w, y + h] for x, y, w, h in (note["bbox"] for note in notes)]
-        masks = [torch.from_numpy(self.truth.annToMask(note)) for note in notes]
-        return image, as_target(boxes, [self.number[note["category_id"]] for note in notes], masks, size)
+            raise UserError(f"{self.name(i)}: has (after its EXIF rotation) {size[0]} x {size[1]} pixels, its annotations are for "
+                            f"{record['height']} x {record['width']}")
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
+        masks = [torch.from_numpy(self.truth.annToMask(annotation)) for annotation in annotations]
+        return image, as_target(boxes, [self.label_of[annotation["category_id"]] for annotation in annotations], masks, size)
 
     def name(self, i):
-        return str(self.images / self.truth.imgs[self.ids[i]]["file_name"])
+        return str(self.images / self.truth.imgs[self.image_ids[i]]["file_name"])
 
 
 class DrawnObjects(Shapes):
@@ -427,7 +437,7 @@ class DrawnObjects(Shapes):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.ids, self.categories = list(range(self.length)), list(range(1, 1 + len(SHAPES)))
+        self.image_ids, self.category_ids = list(range(self.length)), list(range(1, 1 + len(SHAPES)))
 
     def __getitem__(self, i):
         rng = np.random.default_rng(seed_of("objects", self.split, i))
@@ -446,15 +456,15 @@ class DrawnObjects(Shapes):
     @functools.cached_property
     def truth(self):
         """The objects of the whole split, as pycocotools holds them."""
-        tools, notes, (H, W) = coco_tools(), [], self.image_size
-        for i in self.ids:
+        tools, annotations, (H, W) = coco_tools(), [], self.image_size
+        for i in self.image_ids:
             target = self[i][1]
             for (x0, y0, x1, y1), label, mask in zip(target["boxes"].tolist(), target["labels"].tolist(), target["masks"]):
-                notes.append({"id": 1 + len(notes), "image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0,
+                annotations.append({"id": 1 + len(annotations), "image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0,
                               "area": int(mask.sum()), "segmentation": tools.mask.encode(np.asfortranarray(mask.numpy()))})
         truth = tools.coco.COCO()
-        truth.dataset = {"images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in self.ids], "annotations": notes,
-                         "categories": [{"id": k, "name": name} for k, name in zip(self.categories, self.classes)]}
+        truth.dataset = {"images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in self.image_ids], "annotations": annotations,
+                         "categories": [{"id": k, "name": name} for k, name in zip(self.category_ids, self.classes)]}
         quietly(truth.createIndex)
         return truth
 
@@ -655,7 +665,7 @@ class ObjectTransform:
     def __init__(self, image_size, resize, mean=MEAN):
         self.crops = resize == "jitter"
         if self.crops:
-            fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
+            fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}  # v2 takes the first plain tensor for the image, and labels as they are
             self.resize = v2.Compose([v2.ScaleJitter(image_size, scale_range=(0.1, 2.0), antialias=True), v2.RandomCrop(image_size, pad_if_needed=True, fill=fill)])
         else:
             self.resize = v2.RandomShortestSize([round(min(image_size) * part / 25) for part in range(15, 26)], max_size=max(image_size), antialias=True)

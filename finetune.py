@@ -68,11 +68,12 @@ from tqdm import tqdm
 
 import cae
 import train
-from data import (IGNORE, MEAN, NAMES, STD, Cover, Labelled, ObjectTransform, RunFolder, Samples, SceneTransform, add_data_args, as_target, coco_tools, decode, heat_map, loader,
-                  normalize, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly, read_log, train_transform)
+from data import (IGNORE, MEAN, NAMES, STD, BrokenImages, Cover, Labelled, ObjectTransform, RunFolder, Samples, SceneTransform, add_data_args, as_target,
+                  coco_tools, collate, decode, heat_map, loader, normalize, open_folder, open_objects, open_scenes, open_sets, picture_sheet, quietly,
+                  read_log, train_transform)
 from mrmae import from_official_mcmae
 from train import (RANGES, Parser, add_run_args, assemble, check_ranges, end_epoch, in_turn, inference, learning_rate, load_checkpoint,
-                   lr_at, resume, run_program, work)
+                   lr_at, on_device, resume, run_program, work)
 from train import parse_args as train_args
 from vit import (UserError, ViT, add_size_args, build_encoder, drop_paths, init_weights, load_file, pack_encoder, read_shape, resize_positions, say,
                  strip_prefixes, unpack_encoder)
@@ -89,9 +90,6 @@ DEFAULTS = {
     "detect": dict(epochs=1, batch_size=8, warmup_epochs=0.1, weight_decay=0.05, image_size=[128]),  # weight decay: CAE's code
 }
 DENSE = ("segment", "detect")
-# Absolute rates, for AdamW, LARS, SGD, AdamW, AdamW and AdamW; ours, but 6.4, which is MAE's .1 x 16384 / 256.
-LAPTOP_LR = {"finetune": 1e-3, "linear": 6.4, "attentive": 0.1, "segment": 1e-3, "segment --head linear": 1e-2, "detect": 1e-3}
-MIN_LR = {"finetune": 1e-6, "linear": 0.0, "attentive": 1e-6, "segment": 0.0, "detect": 0.0}  # MAE's code for the first two, CAE's for the others
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
            "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (4, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
@@ -586,15 +584,8 @@ class UperHead(nn.Module):
 
 
 def tapped_blocks(depth):
-    """Blocks 4, 6, 8 and 12 of 12 (CAE's and BEiT's code), in proportion at other depths."""
+    """Blocks 4, 6, 8 and 12 of 12 (CAE's and BEiT's code), in proportion at other depths; a shallow encoder has one of them twice."""
     return [max(1, round(depth * block / 12)) for block in (4, 6, 8, 12)]
-
-
-def four_maps(encoder, images):
-    """Raw outputs of the tapped blocks for normalised images, four (B, D, h, w)."""
-    numbers = tapped_blocks(len(encoder.blocks))
-    maps = dict(zip(dict.fromkeys(numbers), encoder.features(images, taps=numbers)["taps"]))
-    return [maps[number] for number in numbers]  # a shallow encoder gives one map twice
 
 
 class Segmenter(nn.Module):
@@ -604,7 +595,8 @@ class Segmenter(nn.Module):
     def __init__(self, encoder, args, classes):
         super().__init__()
         self.encoder, self.frozen, D = encoder, args.head == "linear", encoder.width
-        self.feature = "patches" if self.frozen else f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}"
+        self.taps = tapped_blocks(len(encoder.blocks))
+        self.feature = "patches" if self.frozen else f"blocks {', '.join(map(str, self.taps))}"
         if self.frozen:
             encoder.requires_grad_(False)
             self.head = nn.Sequential(nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None), started(nn.Conv2d(D, classes, 1)))  # as in linear probing
@@ -631,7 +623,7 @@ class Segmenter(nn.Module):
                 patches = self.encoder.features(images)["patches"]  # (B, L, D)
             found = [self.head(patches.transpose(1, 2).unflatten(2, (images.shape[-2] // p, -1)))]
         else:
-            maps = four_maps(self.encoder, images)
+            maps = self.encoder.features(images, taps=self.taps)["taps"]  # four of (B, D, h, w), raw
             found = [self.head(self.scales(maps)), *([self.auxiliary(maps[2])] if self.training else [])]
         return [resized(x.float(), images.shape[-2:])[..., :H, :W] for x in found]
 
@@ -640,8 +632,8 @@ class Segmenter(nn.Module):
 
     def forward(self, images, masks):
         """masks (B, H, W) of classes and IGNORE. The mean is over all pixels, ignored ones too, as in mmsegmentation."""
-        losses = [F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel() for scores in self.scores(images)]
-        return sum(weight * loss for weight, loss in zip((1, 0.4), losses)), {}  # .4: the auxiliary head's
+        loss, *auxiliary = [F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel() for scores in self.scores(images)]
+        return loss + 0.4 * sum(auxiliary), {}  # CAE's code; the auxiliary head works in training alone
 
 
 def segment_image(model, image, crop, window):
@@ -673,8 +665,8 @@ def segmentation_metrics(matrix):
 # Detection with instance masks: torchvision's Mask R-CNN (He et al., ICCV 2017) on a ViT
 # --------------------------------------------------------------------------------------------------------------------
 class SimplePyramid(nn.Module):
-    """The neck of ViTDet (Li et al., ECCV 2022), which MR-MAE Sec. 4.2 follows: the map (B, D, h, w) of the last block -> maps of strides 4, 8, 16 and 32
-    (for patches of 16 pixels), each made by itself, all (B, width, ...)."""
+    """The neck of ViTDet (Li et al., ECCV 2022), which MR-MAE Sec. 4.2 follows: the map (B, D, h, w) of the last block, four times -> maps of strides 4, 8,
+    16 and 32 (for patches of 16 pixels), each made by itself, all (B, width, ...)."""
 
     def __init__(self, D, width):
         super().__init__()
@@ -684,8 +676,8 @@ class SimplePyramid(nn.Module):
         self.lateral = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), norm(width),
                                                    nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)) for channels in (D // 4, D // 2, D, D))
 
-    def forward(self, x):
-        return [lateral(scale(x)) for scale, lateral in zip(self.by_stride, self.lateral)]
+    def forward(self, maps):
+        return [lateral(scale(x)) for x, scale, lateral in zip(maps, self.by_stride, self.lateral)]
 
 
 class Pyramid(nn.Module):
@@ -696,30 +688,28 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels = encoder, width
         encoder.norm = nn.Identity()  # maps are raw outputs of blocks
+        D, depth = encoder.width, len(encoder.blocks)
         if neck == "fpn":
-            self.scales, self.fpn = Scales(encoder.width), FeaturePyramidNetwork([encoder.width] * 4, width)
+            self.taps, self.scales, self.fpn = tapped_blocks(depth), Scales(D), FeaturePyramidNetwork([D] * 4, width)
         else:
-            self.simple = SimplePyramid(encoder.width, width)
+            self.taps, self.scales, self.fpn = [depth] * 4, SimplePyramid(D, width), nn.Identity()
 
     def forward(self, images):
-        if hasattr(self, "fpn"):
-            maps = self.fpn({str(i): x for i, x in enumerate(self.scales(four_maps(self.encoder, images)))})
-        else:
-            last = self.encoder.features(images, taps=[len(self.encoder.blocks)])["taps"][0]  # (B, D, h, w)
-            maps = {str(i): x for i, x in enumerate(self.simple(last))}
+        maps = self.scales(self.encoder.features(images, taps=self.taps)["taps"])  # of strides 4, 8, 16, 32
+        maps = self.fpn({str(i): x for i, x in enumerate(maps)})
         maps["pool"] = maps["3"][..., ::2, ::2]  # the fifth level, for large proposals
-        return {name: x.float() for name, x in maps.items()}  # anchors take their type: a place among 1333 pixels has more bits than bf16
+        return {name: x.float() for name, x in maps.items()}  # anchors take their type, and bf16 has 8 bits for a place among 1333 pixels
 
 
-class TestResize(GeneralizedRCNNTransform):
-    """What a Detector does with its images first: normalise, in testing resize (in training `data.ObjectTransform` has), pad to a batch. torchvision's own
-    resizes without antialiasing, which training images have."""
+class DetectorTransform(GeneralizedRCNNTransform):
+    """What a Detector does with its images first: normalise, in testing resize, pad to a batch whose sides `size_divisible` divides. torchvision's own resizes
+    without antialiasing, which training images have."""
 
     def resize(self, image, target=None):
         if self.training:
-            return image, target
+            return image, target  # data.ObjectTransform has done it
         scale = min(self.min_size[0] / min(image.shape[-2:]), self.max_size / max(image.shape[-2:]))
-        return v2.functional.resize(image, [int(scale * side) for side in image.shape[-2:]], antialias=True), target
+        return v2.functional.resize(image, [max(1, int(scale * side)) for side in image.shape[-2:]], antialias=True), target
 
 
 class Detector(MaskRCNN):
@@ -733,26 +723,29 @@ class Detector(MaskRCNN):
     def __init__(self, encoder, args, info, classes):
         p, width = encoder.patch_size, args.head_width
         if p not in (4, 8, 16, 32):
-            raise UserError(f"--protocol detect: its maps have strides of p / 4, p / 2, p and 2 p; torchvision wants powers of 2, so patches of 4, 8, 16 or 32 pixels, not {p}")
+            raise UserError(f"--protocol detect: its maps have strides of p / 4, p / 2, p and 2 p; torchvision wants powers of 2, so patches of 4, 8, 16 or 32 "
+                            f"pixels, not {p}")
         drop_paths(encoder, args.drop_path)
         norm = nn.BatchNorm2d if args.neck == "fpn" else partial(LayerNorm2d, eps=1e-6)
         box_pool, mask_pool = (MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=size, sampling_ratio=2) for size in (7, 14))
-        for pool in (box_pool, mask_pool):  # they take the maps' scales from their first call, which padding must not mislead
+        for pool in (box_pool, mask_pool):
+            # It guesses the maps' strides once, from its first batch: size of the map / size of the image before padding, rounded to a power of 2. A thin image
+            # would give a wrong one, for good. So its first batch is one whose sizes are exact: 8 patches wide, maps of 32, 16, 8 and 4 places.
             pool({str(i): torch.zeros(1, 1, side, side) for i, side in enumerate((32, 16, 8, 4))}, [torch.zeros(0, 4)], [(8 * p, 8 * p)])
         super().__init__(
             Pyramid(encoder, args.neck, width),
-            rpn_anchor_generator=AnchorGenerator(tuple((2 * p * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),  # 8 strides
+            rpn_anchor_generator=AnchorGenerator(tuple((2 * p * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5),  # 8 times the stride of each map: 32 .. 512 pixels
             rpn_head=RPNHead(width, 3, conv_depth=1 if args.neck == "fpn" else 2),  # as CAE's code and ViTDet
             rpn_pre_nms_top_n_train=2 * args.proposals, rpn_post_nms_top_n_train=2 * args.proposals,
             rpn_pre_nms_top_n_test=args.proposals, rpn_post_nms_top_n_test=args.proposals, box_batch_size_per_image=args.rois,
             box_roi_pool=box_pool, box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm), box_predictor=FastRCNNPredictor(4 * width, classes + 1),
             mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(width, [width] * 4, 1, None if args.neck == "fpn" else norm),
             mask_predictor=MaskRCNNPredictor(width, width, classes + 1))
-        self.transform = TestResize(min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p)
-        for coder in (self.rpn.box_coder, self.roi_heads.box_coder):  # boxes stay fp32 under AMP
+        self.transform = DetectorTransform(min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p)  # the stride of map "3"
+        for coder in (self.rpn.box_coder, self.roi_heads.box_coder):  # under AMP the heads' codes are bf16, and boxes take their type: too coarse for places
             coder.decode = lambda codes, boxes, decode=coder.decode: decode(codes.float(), boxes)
         self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
-        self.feature = f"blocks {', '.join(map(str, tapped_blocks(len(encoder.blocks))))}" if args.neck == "fpn" else "the last block"
+        self.feature = f"blocks {', '.join(map(str, dict.fromkeys(self.backbone.taps)))}"
 
     @property
     def encoder(self):
@@ -763,13 +756,13 @@ class Detector(MaskRCNN):
         return (sum(found.values()), {name: loss.detach() for name, loss in found.items()}) if self.training else found
 
 
-def coco_results(found, image, categories):
-    """What a Detector found in an image -> rows of COCO's format of results: bbox is x, y, width, height; a mask is given by run lengths."""
+def coco_results(found, image_id, category_ids):
+    """What a Detector found in an image -> rows of COCO's format of results: bbox is x, y, width, height; a mask is a run-length encoding (RLE)."""
     tools, rows = coco_tools(), []
-    for (x0, y0, x1, y1), label, certainty, mask in zip(*(found[key].tolist() for key in ("boxes", "labels", "scores")), found["masks"].cpu()):
-        lengths = tools.mask.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))
-        rows.append({"image_id": image, "category_id": categories[label - 1], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": certainty,
-                     "segmentation": {"size": lengths["size"], "counts": lengths["counts"].decode()}})
+    for (x0, y0, x1, y1), label, score, mask in zip(*(found[key].tolist() for key in ("boxes", "labels", "scores")), found["masks"].cpu()):
+        rle = tools.mask.encode(np.asfortranarray((mask[0] > 0.5).numpy().astype(np.uint8)))
+        rows.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score,
+                     "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}})
     return rows
 
 
@@ -842,9 +835,20 @@ def poly(epoch, lr, warmup_epochs, epochs, min_lr):
 
 def steps(epoch, lr, warmup_epochs, epochs, min_lr):
     """The schedule of detection: lr, a tenth of it from 9/12 of the run on, a hundredth from 11/12 on (CAE's code: epochs 9 and 11 of 12), after a linear
-    warm-up. It has no min_lr."""
+    warm-up; never below min_lr."""
     ramp = min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
-    return ramp * lr * 0.1 ** ((epoch >= epochs * 9 / 12) + (epoch >= epochs * 11 / 12))
+    return ramp * max(min_lr, lr * 0.1 ** ((epoch >= epochs * 9 / 12) + (epoch >= epochs * 11 / 12)))
+
+
+# Of each protocol: our absolute rate for a laptop, where the schedule ends, the schedule.
+RATES = {
+    "finetune": (1e-3, 1e-6, lr_at),  # AdamW; the end: MAE's code
+    "linear": (6.4, 0.0, lr_at),  # LARS; both are MAE's code's, .1 x 16384 / 256
+    "attentive": (0.1, 1e-6, lr_at),  # SGD; the end: CAE's code
+    "segment": (1e-3, 0.0, poly),  # AdamW; the end: CAE's code
+    "segment --head linear": (1e-2, 0.0, poly),  # AdamW
+    "detect": (1e-3, 0.0, steps),  # AdamW
+}
 
 
 def build_optimizer(model, args):
@@ -885,7 +889,7 @@ def augmented(images, labels, args, info, classes, multi_label):
 # Testing
 # --------------------------------------------------------------------------------------------------------------------
 def batches_of(dataset, chunks, args, device, then="it counts as a black image"):
-    """The chunks of this process (lists of indices), as batches: (images on the device, labels). Broken samples are named; more than 10 and more than 1 %
+    """The chunks of this process (lists of indices), as batches: (images, labels) on the device. Broken samples are named; more than 10 and more than 1 %
     of them stop the run."""
     rank, broken = dist.get_rank(), 0
     stream = loader(dataset, [[(0, i) for i in chunk] for chunk in chunks], args.workers, device.type == "cuda")
@@ -895,7 +899,7 @@ def batches_of(dataset, chunks, args, device, then="it counts as a black image")
             tqdm.write(f"warning: {name} is broken; {then}", file=sys.stderr)
             if broken > 10 and broken > 0.01 * len(dataset):
                 raise UserError(f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1)
-        yield images.to(device), labels
+        yield (None, None) if images is None else on_device((images, labels), device)
 
 
 def over_the_set(function, dataset, args, device):
@@ -1013,12 +1017,10 @@ class Task:
             self.neighbours = {f"knn_{self.metric}": score(votes, self.labels, self.metric)[self.metric]}
 
     def example(self):
-        """A batch of zeros, of the shapes that the model is called with."""
-        B, C = self.args.batch_size, len(self.classes)
-        shape = self.samples.features.shape[1:] if isinstance(self.samples, Cached) else (3, *self.args.image_size)
-        soft = self.model.multi_label or not self.model.frozen  # targets are probabilities
-        targets = torch.zeros(B, C, device=self.device) if soft else torch.zeros(B, dtype=torch.long, device=self.device)
-        return torch.zeros(B, *shape, device=self.device), targets
+        """What the model is called with, for DDP's first pass: the first and the last sample."""
+        images, labels, names = collate([self.samples[0, i] for i in (0, len(self.samples) - 1)])
+        BrokenImages().count(images, names)
+        return self.inputs(*on_device((images, labels), self.device))
 
     def test(self):
         """Scores (N, classes) of the test set, in order."""
@@ -1065,33 +1067,41 @@ def palette(count):
     return [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(k / count, 0.5 + 0.5 * (k % 2), 1 - 0.3 * (k % 3))) for k in range(count)]
 
 
-class WholeScenes(EachOnce):
-    """(epoch, i) -> (image, mask as it is in the file, broken names) for testing: the image's short side resized to the crop's."""
+class EachWhole(EachOnce):
+    """(epoch, i) -> (image and truth as they are, broken names) for testing; of a broken sample both are None, as `collate` knows them."""
 
     def __getitem__(self, index):
-        short = min(self.image_size)
         try:
-            image, mask = self.dataset[index[1]]
+            return *self.dataset[index[1]], []
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            nothing = torch.zeros(3, short, short, dtype=torch.uint8), torch.full((short, short), IGNORE, dtype=torch.uint8)
-            return *nothing, [str(error) if isinstance(error, UserError) else self.dataset.name(index[1])]
-        return v2.functional.resize(image, [short], antialias=True), mask, []
+            return None, None, [str(error) if isinstance(error, UserError) else self.dataset.name(index[1])]
 
 
 class Dense(Task):
-    """What Segmentation and Detection share. `open`: its sets, of which `test_split` is for testing; `whole`: a set's test images; `build`: its model."""
+    """What Segmentation and Detection share; of Task they use start_testing, example and finished alone. Each has `metric`, which chooses best.pt,
+    open(args, splits) -> sets, the name of the split to test on, and build(encoder, args, info, classes) -> model."""
 
     def __init__(self, args, test_set, model, info, device):
         self.args, self.info, self.device, self.test_set, self.classes = args, info, device, test_set, test_set.classes
         if dist.get_world_size() > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model, self.testing = model.to(device), self.whole(test_set, args.image_size)
+        self.model, self.testing = model.to(device), EachWhole(test_set, args.image_size)
+
+    def one_by_one(self, then):
+        """(i, image, truth) of the test images of this process, each by itself; a broken one is named, with what happens `then`, and left out."""
+        mine = range(dist.get_rank(), len(self.testing), dist.get_world_size())
+        self.start_testing()
+        for i, (images, truths) in zip(mine, batches_of(self.testing, [[i] for i in mine], self.args, self.device, then)):
+            if images is not None:
+                yield i, images[0], truths[0]
+        self.model.train()
 
 
 class Segmentation(Dense):
     """A Segmenter and its scenes."""
 
-    metric, test_split, open, whole = "miou", "validation", staticmethod(open_scenes), WholeScenes
+    metric = "miou"
+    open, test_split = staticmethod(open_scenes), "validation"
 
     @staticmethod
     def build(encoder, args, info, classes):
@@ -1103,30 +1113,24 @@ class Segmentation(Dense):
     def inputs(self, images, masks):
         return normalize(images, self.info["mean"], self.info["std"]), masks
 
-    def example(self):
-        B, size = self.args.batch_size, self.args.image_size
-        return torch.zeros(B, 3, *size, device=self.device), torch.zeros(B, *size, dtype=torch.uint8, device=self.device)
-
-    def predict(self, image, size):
-        """uint8 (1, 3, h, w) -> classes (H, W) at `size`."""
-        image = normalize(image.to(self.device), self.info["mean"], self.info["std"])
+    def predict(self, image):
+        """uint8 (3, H, W) -> classes (H, W), from the image with its short side resized to the crop's."""
+        small = v2.functional.resize(image, [min(self.args.image_size)], antialias=True).unsqueeze(0).to(self.device)
+        small = normalize(small, self.info["mean"], self.info["std"])
         with inference(self.args, self.device):
-            scores = segment_image(self.model, image, self.args.image_size, self.args.window)
-        return resized(scores, size).argmax(dim=1)[0]
+            scores = segment_image(self.model, small, self.args.image_size, self.args.window)
+        return resized(scores, image.shape[-2:]).argmax(dim=1)[0]
 
     def test(self):
         """Confusion matrix (classes, classes) of the test set, rows the truth; each image counts once, whatever the number of processes."""
-        rank, world, C = dist.get_rank(), dist.get_world_size(), len(self.classes)
-        self.start_testing()
+        C = len(self.classes)
         matrix = torch.zeros(C, C, dtype=torch.long, device=self.device)
-        for images, masks in batches_of(self.testing, [[i] for i in range(rank, len(self.testing), world)], self.args, self.device, "it does not count"):
-            truth = masks[0].to(self.device).long()
+        for _, image, truth in self.one_by_one("it does not count"):
             counts = truth != IGNORE
-            matrix += confusion_matrix(self.predict(images, truth.shape)[counts], truth[counts], C)
+            matrix += confusion_matrix(self.predict(image)[counts], truth[counts].long(), C)
         dist.all_reduce(matrix)
         if not matrix.any():
             raise UserError(f"--data {self.args.data}: no pixel of its test images counts; all are ignored, or broken")
-        self.model.train()
         return matrix.cpu()
 
     def numbers(self, matrix):
@@ -1146,14 +1150,17 @@ class Segmentation(Dense):
         rows, size = [], self.args.image_size
         for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
             image, mask, _ = self.testing[0, i]
-            predicted = self.predict(image.unsqueeze(0), mask.shape[-2:]).cpu()
+            if image is None:
+                continue
+            predicted = self.predict(image).cpu()
             image = v2.functional.resize(image, size, antialias=True)
             panels = [image]
             for labels in (mask.as_subclass(torch.Tensor), predicted):
                 labels = v2.functional.resize(labels.unsqueeze(0), size, interpolation=v2.InterpolationMode.NEAREST)[0]
                 panels.append(draw_segmentation_masks(image, torch.stack([labels == k for k in range(len(self.classes))]), alpha=0.7, colors=colours))
             rows.append(torch.stack(panels) / 255)
-        folder.picture("segmentation.png", picture_sheet(torch.stack(rows), ["image", "truth", "prediction"]))
+        if rows:
+            folder.picture("segmentation.png", picture_sheet(torch.stack(rows), ["image", "truth", "prediction"]))
 
     def predict_files(self, files, root, folder):
         """--predict: masks in the layout of the training set's, with the files' names. Rank 0 has the folder."""
@@ -1163,43 +1170,24 @@ class Segmentation(Dense):
             except Exception:  # bad files make PIL and torchvision raise all kinds
                 print(f"warning: {path} is broken; it gets no mask", file=sys.stderr)
                 continue
-            small = v2.functional.resize(image, [min(self.args.image_size)], antialias=True).unsqueeze(0)
-            mask = Image.fromarray((1 + self.predict(small, image.shape[-2:])).to(torch.uint8).cpu().numpy())
+            mask = Image.fromarray((1 + self.predict(image)).to(torch.uint8).cpu().numpy())
             name = "-".join(Path(path).relative_to(root).with_suffix(".png").parts)
             folder.write(name, lambda file, mask=mask: mask.save(file, "PNG"))
         say(f"{self.args.out}: masks of {len(files)} images; labels count from 1, as the lines of classes.txt")
 
 
-class WholeImages(EachOnce):
-    """(epoch, i) -> (image as it is, i, broken names) for testing a Detector, which resizes by itself; of a broken image i is -1."""
-
-    def __getitem__(self, index):
-        i = index[1]
-        try:
-            image = self.dataset[i][0]
-            scale = min(min(self.image_size) / min(image.shape[-2:]), max(self.image_size) / max(image.shape[-2:]))
-            if scale * min(image.shape[-2:]) < 1:
-                raise UserError(f"{self.dataset.name(i)} ({image.shape[-2]} x {image.shape[-1]} pixels), too thin for a long side of {max(self.image_size)},")
-            return image, i, []
-        except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, [str(error) if isinstance(error, UserError) else self.dataset.name(i)]
-
-
 class Detection(Dense):
     """A Detector and its images."""
 
-    metric, test_split, open, whole, build = "box_ap", "val", staticmethod(open_objects), WholeImages, Detector
+    metric = "box_ap"
+    open, test_split = staticmethod(open_objects), "val"
+    build = Detector
 
     def prepare(self, train_set):
         self.samples = Samples(train_set, ObjectTransform(self.args.image_size, self.args.resize, self.info["mean"]), self.args.seed)
 
     def inputs(self, images, targets):
         return [image / 255 for image in images], targets  # the Detector normalises
-
-    def example(self):
-        B, (H, W) = self.args.batch_size, self.args.image_size
-        target = as_target([[0, 0, W / 2, H / 2]], [1], [torch.ones(H, W, dtype=torch.uint8)], (H, W))
-        return list(torch.zeros(B, 3, H, W, device=self.device)), [{key: value.as_subclass(torch.Tensor).to(self.device) for key, value in target.items()}] * B
 
     def predict(self, image):
         """uint8 (3, h, w) -> what the Detector finds in it, at its own size."""
@@ -1208,15 +1196,12 @@ class Detection(Dense):
 
     def test(self):
         """What is found in the test images, as COCO's format of results, on rank 0; None elsewhere. Each image is looked at by itself, in whatever process."""
-        rank, world, mine = dist.get_rank(), dist.get_world_size(), []
-        ids, categories = self.test_set.ids, self.test_set.categories
-        self.start_testing()
-        for images, (i,) in batches_of(self.testing, [[i] for i in range(rank, len(self.testing), world)], self.args, self.device, "nothing is found in it"):
-            mine += coco_results(self.predict(images[0]), ids[i], categories) if i >= 0 else []
-        parts = [None] * world if rank == 0 else None
+        mine = []
+        for i, image, _ in self.one_by_one("nothing is found in it"):
+            mine += coco_results(self.predict(image), self.test_set.image_ids[i], self.test_set.category_ids)
+        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(mine, parts)
-        self.model.train()
-        return sorted((row for part in parts for row in part), key=lambda row: row["image_id"]) if rank == 0 else None
+        return None if parts is None else sorted((row for part in parts for row in part), key=lambda row: row["image_id"])
 
     def numbers(self, rows):
         return {} if rows is None else detection_metrics(self.test_set.truth, rows)
@@ -1232,15 +1217,16 @@ class Detection(Dense):
         """pictures/detection.png: image, truth where it is known, and what is found with a score above .5, of eight test images."""
         self.model.eval()
         sheet, colours, size = [], palette(len(self.classes)), max(256, min(self.args.image_size))
+        titles = ["image", *(["truth"] if hasattr(self.test_set, "truth") else []), "found"]
         for i in torch.linspace(0, len(self.testing) - 1, min(8, len(self.testing))).long().tolist():
-            if (image := self.testing[0, i][0]).shape[-1] == 1:
-                continue  # broken
+            image, truth, _ = self.testing[0, i]
+            if image is None or size * min(image.shape[-2:]) < max(image.shape[-2:]):
+                continue  # broken, or too thin to draw
             found = {key: value.cpu() for key, value in self.predict(image).items()}
             sure = found["scores"] > 0.5
             found = as_target(found["boxes"][sure].tolist(), found["labels"][sure].tolist(), list((found["masks"][sure, 0] > 0.5).to(torch.uint8)), image.shape[-2:])
-            truth, panels = self.test_set[i][1], []
-            known = {"truth": truth} if isinstance(truth, dict) else {}
-            for objects in (None, *known.values(), found):
+            panels = []
+            for objects in (None, truth, found) if "truth" in titles else (None, found):
                 large, objects = v2.Resize(None, max_size=size)(image, objects)  # the long side
                 if objects and len(objects["labels"]):
                     of_each = [colours[k - 1] for k in objects["labels"].tolist()]
@@ -1249,22 +1235,22 @@ class Detection(Dense):
                 panels.append(v2.functional.pad(large, [0, 0, size - large.shape[-1], size - large.shape[-2]], fill=255))
             sheet.append(torch.stack(panels) / 255)
         if sheet:
-            folder.picture("detection.png", picture_sheet(torch.stack(sheet), ["image", *known, "found"]))
+            folder.picture("detection.png", picture_sheet(torch.stack(sheet), titles))
 
     def finished(self):
-        return {**super().finished(), "categories": list(self.test_set.categories)}
+        return {**super().finished(), "category_ids": list(self.test_set.category_ids)}
 
     def predict_files(self, files, root, folder):
         """--predict: predictions.json, COCO's format of results, and images.json, which says what its numbers mean. An image whose name is a number, as COCO's
         are, keeps it."""
         names = [Path(path).stem for path in files.paths]
         numbered = all(name.isdecimal() for name in names) and len(set(map(int, names))) == len(names)
-        files.ids = [int(name) if numbered else i for i, name in enumerate(names, start=1)]
+        files.image_ids = [int(name) if numbered else i for i, name in enumerate(names, start=1)]
         rows = self.test()
         if folder:
             write_json(folder, rows, "predictions.json")
-            images = [{"id": i, "file_name": str(Path(path).relative_to(root))} for i, path in zip(files.ids, files.paths)]
-            write_json(folder, {"images": images, "categories": [{"id": k, "name": name} for k, name in zip(files.categories, self.classes)]}, "images.json")
+            images = [{"id": i, "file_name": str(Path(path).relative_to(root))} for i, path in zip(files.image_ids, files.paths)]
+            write_json(folder, {"images": images, "categories": [{"id": k, "name": name} for k, name in zip(files.category_ids, self.classes)]}, "images.json")
             self.show(folder)
             print(f"{self.args.out}: predictions.json has {len(rows)} objects of {len(files)} images, images.json the names that its numbers stand for; "
                   f"pictures/detection.png shows eight", flush=True)
@@ -1295,8 +1281,10 @@ def run_set(args, argv, name, device):
     args = changed(args, data=name, method=info["method"], image_size=encoder.config["image_size"], out=out)
     if args.protocol not in ("finetune", "detect") and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
-    kind = KINDS.get(args.protocol)
-    train_set, test_set, metric = (*kind.open(args), kind.metric) if kind else in_turn(args, partial(open_labelled, name, args))
+    if kind := KINDS.get(args.protocol):
+        (train_set, test_set), metric = kind.open(args), kind.metric
+    else:
+        train_set, test_set, metric = in_turn(args, partial(open_labelled, name, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
     if kind:
@@ -1308,9 +1296,9 @@ def run_set(args, argv, name, device):
             task.model.load_state_dict(load_checkpoint(Path(args.out) / "checkpoint.pt", args)["model"])
     task.prepare(train_set)
     optimizer = build_optimizer(task.model.train(), args)
-    laptop_lr = LAPTOP_LR["segment --head linear" if getattr(args, "head", "") == "linear" else args.protocol]
+    laptop_lr, min_lr, schedule = RATES["segment --head linear" if getattr(args, "head", "") == "linear" else args.protocol]
     run = assemble(args, task.model, optimizer, task.example(), len(task.samples), laptop_lr, device, folder=folder, inputs=task.inputs,
-                   min_lr=MIN_LR[args.protocol], schedule={"segment": poly, "detect": steps}.get(args.protocol, lr_at))
+                   min_lr=min_lr, schedule=schedule)
     sums = resume(run, FREE_FLAGS)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     if run.batches.start < run.batches.steps:
@@ -1451,7 +1439,7 @@ def evaluate_dense(args, model, saved, device):
     kind, folder = KINDS[run_args.protocol], RunFolder(out) if dist.get_rank() == 0 else None
     if args.predict:
         files = open_folder(args.predict)
-        files.classes, files.categories = saved["classes"], saved.get("categories")
+        files.classes, files.category_ids = saved["classes"], saved.get("category_ids")
         kind(run_args, files, model, saved["info"], device).predict_files(files, args.predict, folder)
         return 0
     if args.several:

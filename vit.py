@@ -468,7 +468,7 @@ class ViT(nn.Module):
         last.record = False
         first, h = self.first, images.shape[-2] // self.patch_size
         out = {"cls": x[:, :1] if first else None, "patches": x[:, first:],
-               "taps": [rearrange(t[:, first:], "b (h w) d -> b d h w", h=h) for t in tapped.values()]}
+               "taps": [rearrange(t[:, first:], "b (h w) d -> b d h w", h=h) for t in (tapped[number] for number in taps or ())]}
         if attention:
             out["attention"], last.recorded = last.recorded[1], None
         return out
