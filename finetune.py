@@ -17,7 +17,7 @@ A protocol decides what is trained on top of the encoder:
     attentive   images -- encoder, frozen --> patches (B, L, D) -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
     segment     images -- encoder, trained --> outputs of four blocks (B, D, h, w) -- four scales -- UperNet --> a class for each pixel
                 images -- encoder, frozen --> patches -- BatchNorm, linear (--head linear) --> a class for each pixel
-    detect      images -- encoder, trained --> outputs of the last block, or of four -- a pyramid of five maps -- Mask R-CNN --> boxes, classes, masks
+    detect      images -- encoder, trained --> outputs of four blocks, or of the last -- a pyramid of five maps -- Mask R-CNN --> boxes, classes, masks
 
 Sources: MixedAE Sec. 4.2 and 4.3 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A for attentive probing,
 MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do it):
@@ -183,8 +183,8 @@ def add_detect_args(parser):
     """CAE's numbers (Appendix A and its code) for ViT-B, where a laptop can follow. Test images have a short side of the smaller --image-size, a long one of at
     most the larger."""
     add = parser.add_argument_group("detection").add_argument
-    add("--neck", choices=("simple", "fpn"), default="simple", help="maps of all strides from the last block, as ViTDet and MR-MAE have them; or from four blocks, then "
-        "torchvision's FPN (CAE)")
+    add("--neck", choices=("fpn", "simple"), default="fpn", help="maps of four strides from four blocks, then torchvision's FPN (CAE); or all from the last block, as "
+        "ViTDet and MR-MAE have them")
     add("--resize", choices=("multi-scale", "jitter"), default="multi-scale", help="training images: short side .6 to 1 of the smaller --image-size (CAE: 480 to 800), "
         "long side at most the larger; or .1 to 2 of --image-size, then a crop of it (ViTDet)")
     add("--head-width", type=int, default=32, help="channels of the neck and the heads; ours (the papers: 256)")

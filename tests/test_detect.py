@@ -21,7 +21,7 @@ from vit import ViT
 
 pytest.importorskip("pycocotools", reason="pycocotools is optional, and computes COCO's metric")
 SMALL = "--head-width 16 --proposals 20 --rois 16 --image-size 32".split()
-QUICK = ["--protocol", "detect", *"--workers 0 --device cpu --epochs 1 --batch-size 4".split(), *SMALL]
+QUICK = ["--protocol", "detect", "--neck", "simple", *"--workers 0 --device cpu --epochs 1 --batch-size 4".split(), *SMALL]
 run = partial(conftest.run, main=finetune.main, defaults=QUICK)
 COLOURS = {3: (250, 30, 30), 7: (30, 30, 250)}  # by COCO's number of the category
 
