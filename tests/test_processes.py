@@ -29,6 +29,7 @@ from test_mrmae import flags_of
 from test_train import checkpoint, rows, same_weights, without_clock
 
 KILLS = int(os.environ.get("KILLS", 1))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def command(processes, *flags):
@@ -126,7 +127,7 @@ dist.barrier()
 dist.destroy_process_group()
 print("all gradients agree")
 """)
-    output = to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script))
+    output = to_the_end(*TORCHRUN, str(script))
     assert output.count("all gradients agree") == 2
 
 
@@ -144,22 +145,25 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     assert "the same command resumes" in output and checkpoint(tmp_path)["step"] > 0
 
 
-def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path):
+def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path, capsys):
     """finetune.py: the same accuracy and the same confusion of given weights, with batches that do not divide the test set."""
     torch.manual_seed(0)
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
-    outputs = []
+    quick, outputs = ["--device", "cpu", "--workers", "0", "--data", str(folder)], []
     for processes in (1, 2):
-        launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        run = [*launch, str(ROOT / "finetune.py"), "--device", "cpu", "--workers", "0", "--data", str(folder)]
+        def output(*flags, processes=processes):
+            if processes == 2:
+                return to_the_end(*TORCHRUN, str(ROOT / "finetune.py"), *quick, *map(str, flags))
+            capsys.readouterr()
+            run(*flags, main=finetune.main, defaults=quick)
+            return capsys.readouterr().out
+
         out = tmp_path / f"run{processes}"
-        to_the_end(*run, "--encoder", str(tmp_path / "encoder.pt"), "--protocol", "linear", "--cache-features", "--epochs", "3", "--batch-size", str(6 // processes),
-                   "--out", str(out))
+        flags = ("--encoder", tmp_path / "encoder.pt", "--protocol", "linear", "--cache-features", "--epochs", 3, "--batch-size", 6 // processes, "--out", out)
+        output(*flags)
         before = (out / "results.json").read_text()
-        again = to_the_end(*run, "--encoder", str(tmp_path / "encoder.pt"), "--protocol", "linear", "--cache-features", "--epochs", "3", "--batch-size",
-                           str(6 // processes), "--out", str(out))
-        assert "finished already" in again and (out / "results.json").read_text() == before  # all processes test with the same statistics
-        outputs.append(to_the_end(*run, "--evaluate", str(tmp_path / "run1"), "--batch-size", "3").splitlines()[-1])
+        assert "finished already" in output(*flags) and (out / "results.json").read_text() == before  # all processes test with the same statistics
+        outputs.append(output("--evaluate", tmp_path / "run1", "--batch-size", 3).splitlines()[-1])
         assert sum(int(value) for line in (out / "confusion.csv").read_text().splitlines()[1:] for value in line.split(",")[1:]) == 8  # every sample once
     assert outputs[0] == outputs[1] and "top1" in outputs[0]
     one, two = (json.loads((tmp_path / f"run{processes}" / "results.json").read_text()) for processes in (1, 2))
@@ -200,7 +204,6 @@ def assert_two_test_as_one(file, tmp_path, protocol, name, *flags):
     """A run of finetune.py of two processes wrote the same file as one process that evaluates its weights."""
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
     quick = [protocol, name, "--device", "cpu", "--workers", "0"]
-    to_the_end(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "finetune.py"), *quick, "--encoder", str(tmp_path / "encoder.pt"),
-               *map(str, flags), "--out", str(tmp_path / "run"), "--epochs", "1")
+    to_the_end(*TORCHRUN, str(ROOT / "finetune.py"), *quick, "--encoder", str(tmp_path / "encoder.pt"), *map(str, flags), "--out", str(tmp_path / "run"), "--epochs", "1")
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "one", main=finetune.main, defaults=quick)
     assert (tmp_path / "one" / file).read_text() == (tmp_path / "run" / file).read_text() and (tmp_path / "run" / file).stat().st_size > 20
