@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are tiny
 
 import train  # noqa: E402
-from data import Shapes  # noqa: E402
+import vit  # noqa: E402
+from data import MEAN, STD, Shapes  # noqa: E402
 
 TINY = ("--image-size 16 --patch-size 4 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --decoder-heads 2 "
         "--batch-size 8 --workers 0 --device cpu").split()
@@ -45,6 +46,14 @@ def randomize(model):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def write_encoder(tmp_path_factory, *shape):
+    """An encoder.pt of a random ViT -> its path."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(vit.pack_encoder(randomize(vit.ViT(*shape)), "mae", "cls", MEAN, STD), path)
+    return path
 
 
 def assert_gradients(model, grads, tolerance):

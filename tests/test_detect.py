@@ -14,7 +14,6 @@ from torch.testing import assert_close
 import conftest
 import data
 import finetune
-import vit
 from conftest import randomize
 from test_train import checkpoint, interrupt_at, one_line
 from vit import ViT
@@ -66,10 +65,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
-    torch.save(vit.pack_encoder(randomize(ViT((32, 32), 8, 16, 2, 2)), "mae", "cls", data.MEAN, data.STD), path)
-    return path
+    return conftest.write_encoder(tmp_path_factory, (32, 32), 8, 16, 2, 2)
 
 
 def open_both(folder):

@@ -49,10 +49,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
-    torch.save(vit.pack_encoder(randomize(ViT((16, 16), 4, 32, 4, 2)), "mae", "cls", data.MEAN, data.STD), path)
-    return path
+    return conftest.write_encoder(tmp_path_factory, (16, 16), 4, 32, 4, 2)
 
 
 def parse(*flags):
