@@ -357,6 +357,7 @@ class CocoObjects:
         self.path, self.images = path, Path(path).parent.parent / Path(path).stem.removeprefix("instances_")
         try:
             self.truth = quietly(coco_tools().coco.COCO, str(path))
+            self.truth.dataset.setdefault("info", {})  # some versions of pycocotools want it
             self.image_ids, self.category_ids = sorted(self.truth.imgs), sorted(self.truth.cats)
             self.classes = [str(self.truth.cats[k]["name"]) for k in self.category_ids]
             files = [record["file_name"] for record in self.truth.dataset["images"] if record["height"] * record["width"] > 0]
@@ -461,9 +462,9 @@ class DrawnObjects(Shapes):
             target = self[i][1]
             for (x0, y0, x1, y1), label, mask in zip(target["boxes"].tolist(), target["labels"].tolist(), target["masks"]):
                 annotations.append({"id": 1 + len(annotations), "image_id": i, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0,
-                              "area": int(mask.sum()), "segmentation": tools.mask.encode(np.asfortranarray(mask.numpy()))})
+                                    "area": int(mask.sum()), "segmentation": tools.mask.encode(np.asfortranarray(mask.numpy()))})
         truth = tools.coco.COCO()
-        truth.dataset = {"images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in self.image_ids], "annotations": annotations,
+        truth.dataset = {"info": {}, "images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in self.image_ids], "annotations": annotations,
                          "categories": [{"id": k, "name": name} for k, name in zip(self.category_ids, self.classes)]}
         quietly(truth.createIndex)
         return truth

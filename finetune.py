@@ -91,7 +91,8 @@ DEFAULTS = {
 }
 DENSE = ("segment", "detect")
 LIMITS = {**RANGES, "drop_path": (0, 1), "layer_decay": (1e-6, 1 + 1e-9), "smoothing": (0, 1), "mixup": (0, 1e9), "cutmix": (0, 1e9), "erasing": (0, 1 + 1e-9),
-           "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (4, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9), "heads": (1, 1e9)}
+           "head_width": (1, 1e6), "proposals": (1, 1e6), "rois": (4, 1e6), "randaugment": (0, 11), "label_fraction": (1e-9, 1 + 1e-9), "neighbours": (1, 1e9),
+           "heads": (1, 1e9)}
 FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict", "several", "neighbours"}  # may differ when a run resumes
 
 

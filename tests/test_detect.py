@@ -128,12 +128,13 @@ def test_drawn_objects_have_tight_boxes_and_do_not_cover_each_other():
 
 @pytest.mark.parametrize("resize", ["multi-scale", "jitter"])
 def test_image_boxes_and_masks_stay_together(coco, resize):
-    train_set, sizes, dropped = open_both(coco)[0], set(), 0
+    train_set, sizes, dropped, filled = open_both(coco)[0], set(), 0, 0
     transform = data.ObjectTransform([64, 80], resize)
     for step in range(120):
         image, target = transform(*train_set[step % 6])
         assert type(image) is torch.Tensor is type(target["boxes"]) and image.dtype == torch.uint8 and len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
         sizes.add(tuple(image.shape[-2:]))
+        filled += image[:, 0, 0].tolist() == [int(255 * channel) for channel in data.MEAN]
         dropped += len(target["labels"]) < len(train_set[step % 6][1]["labels"])
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"]):
             if mask.sum() < 50:
@@ -145,7 +146,7 @@ def test_image_boxes_and_masks_stay_together(coco, resize):
     if resize == "multi-scale":
         assert {min(size) for size in sizes} <= {round(64 * part / 25) for part in range(15, 26)} and len(sizes) > 6 and max(map(max, sizes)) <= 80 and not dropped
     else:
-        assert sizes == {(64, 80)} and dropped > 0  # cropped away
+        assert sizes == {(64, 80)} and dropped > 0 and filled > 10  # cropped away; filled with the mean colour
 
 
 @pytest.mark.parametrize("neck", ["simple", "fpn"])
@@ -160,6 +161,7 @@ def test_strides_are_4_8_16_32_at_any_input_size(neck, size):
     assert [side % 32 for side in padded] == [0, 0] and all(side <= pad < side + 32 for side, pad in zip(resized.shape[1:], padded))
     for (name, x), stride in zip(seen["maps"].items(), (4, 8, 16, 32, 64)):
         assert x.shape[1] == 16 and x.shape[-2:] == tuple(-(-side // stride) for side in padded), name
+    assert_close(seen["maps"]["pool"], torch.nn.functional.max_pool2d(seen["maps"]["3"], 1, stride=2))  # FPN's last level
     assert model.roi_heads.box_roi_pool.scales == model.roi_heads.mask_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
     assert detector("--neck", neck, patch_size=8).roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
@@ -205,6 +207,23 @@ def test_necks_see_the_asked_blocks():
         model([torch.rand(3, 64, 64)])
         for number, x in zip(numbers, seen[0], strict=True):
             assert_close(x, outputs[number - 1][:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
+
+
+def test_the_simple_pyramid_is_vitdets():
+    """Step by step: transposed convolutions halve the width each time, then a 1 x 1 and a 3 x 3 convolution, a LayerNorm after each but the last scaling."""
+    F, neck, x = torch.nn.functional, randomize(finetune.SimplePyramid(16, 8)), torch.randn(2, 16, 4, 6)
+
+    def norm(x, layer):
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], layer.weight, layer.bias, 1e-6).permute(0, 3, 1, 2)
+
+    def up(x, layer, width):
+        assert layer.weight.shape == (2 * width, width, 2, 2)
+        return F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+
+    four, two = neck.by_stride[0], neck.by_stride[1]
+    scaled = [up(F.gelu(norm(up(x, four[0], 8), four[1])), four[3], 4), up(x, two, 8), x, F.max_pool2d(x, 2)]
+    for found, y, (first, norm1, second, norm2) in zip(neck([x] * 4), scaled, neck.lateral, strict=True):
+        assert_close(found, norm(F.conv2d(norm(F.conv2d(y, first.weight), norm1), second.weight, padding=1), norm2))
 
 
 @pytest.mark.parametrize("neck", ["simple", "fpn"])
