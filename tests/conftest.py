@@ -14,8 +14,10 @@ import train  # noqa: E402
 import vit  # noqa: E402
 from data import MEAN, STD, Shapes  # noqa: E402
 
-TINY = ("--image-size 16 --patch-size 4 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --decoder-heads 2 "
-        "--batch-size 8 --workers 0 --device cpu").split()
+TINY = (
+    "--image-size 16 --patch-size 4 --width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 "
+    "--decoder-heads 2 --batch-size 8 --workers 0 --device cpu"
+).split()
 
 
 @pytest.fixture(autouse=True)

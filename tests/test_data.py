@@ -1,4 +1,5 @@
 """Data: every kind of image, broken ones, folders and lists, drawn shapes, and randomness without state."""
+
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 import data
 import train
 from conftest import TINY, run
-from data import Batches, Samples, decode
+from data import ResumableBatchSampler, TrainDataset, decode
 from vit import UserError
 
 
@@ -57,17 +58,19 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
 
 
 def test_a_broken_image_is_named_and_replaced(folder, tmp_path, capsys):
-    shutil.copytree(folder / "train", tmp_path / "set")
-    bad = tmp_path / "set" / "class0" / "00.png"
+    shutil.copytree(folder, tmp_path / "set")
+    bad = tmp_path / "set" / "train" / "class0" / "00.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    flipped = bytearray((tmp_path / "set" / "class1" / "01.png").read_bytes())
+    other = tmp_path / "set" / "train" / "class1" / "01.png"
+    flipped = bytearray(other.read_bytes())
     flipped[60] ^= 1  # one bit of the pixels: some decoders crash on it
-    (tmp_path / "set" / "class1" / "01.png").write_bytes(flipped)
-    run("--method", "mae", "--data", tmp_path / "set", "--out", tmp_path / "run", "--epochs", 2)
+    other.write_bytes(flipped)
+    flags = ("--data", tmp_path / "set", "--out", tmp_path / "run", "--epochs", 2, "--val-images", 8)
+    run("--method", "mae", *flags)
     error = capsys.readouterr().err
     assert error.count(f"{bad} is broken") == 1 and error.count("01.png is broken") == 1
 
-    samples = Samples(data.open_folder(tmp_path / "set"), data.train_transform(args()), 0)
+    samples = TrainDataset(data.open_folder(tmp_path / "set" / "train"), data.train_transform(args()), 0)
     image, label, broken = samples[0, 0]
     assert broken == [str(bad)] and image.shape == (3, 16, 16)
     assert torch.equal(samples[0, 0][0], image)  # the replacement is a function of (seed, epoch, sample) too
@@ -91,10 +94,14 @@ def test_too_many_broken_images_stop_the_run(folder, tmp_path, capsys):
 def test_folders(folder, tmp_path):
     train_set, val_set = data.open_sets(args("--data", folder))
     assert len(train_set) == 40 and len(val_set) == 8 and train_set.classes == ["class0", "class1"]
-    assert [train_set[i][1] for i in range(40)] == [0] * 20 + [1] * 20 and train_set.paths == sorted(train_set.paths)
+    assert [train_set[i][1] for i in range(40)] == [0] * 20 + [1] * 20 and train_set.paths == sorted(
+        train_set.paths
+    )
     classes, none = data.open_sets(args("--data", folder / "train"))
     assert len(classes) == 40 and none is None
-    (folder / "train" / "class0" / "up").symlink_to(folder / "train")  # a link that leads back up, and hidden files
+    (folder / "train" / "class0" / "up").symlink_to(
+        folder / "train"
+    )  # a link that leads back up, and hidden files
     (folder / "train" / ".hidden.png").write_bytes(b"")
     assert len(data.open_sets(args("--data", folder / "train"))[0]) == 40
     (folder / "train" / "class0" / "up").unlink()
@@ -131,7 +138,9 @@ def test_cifar_through_torchvision(tmp_path, monkeypatch):
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         (root / name).write_bytes(pickle.dumps({"data": pixels, "labels": list(range(10))}))
     (root / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)  # the stand-in has other checksums
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda *a: True
+    )  # the stand-in has other checksums
     train_set, val_set = data.open_sets(args("--data", "cifar10", "--data-root", tmp_path))
     assert len(train_set) == 50 and len(val_set) == 10 and train_set.classes == list("abcdefghij")
     image, label = val_set[3]
@@ -162,49 +171,57 @@ def test_shapes_are_deterministic_disjoint_and_truly_labelled():
         sample = draw("val", i)
         x0, y0, x1, y1 = sample["box"]
         mask = sample["mask"]
-        assert mask[y0:y1, x0:x1].sum() == mask.sum() and mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+        assert (
+            mask[y0:y1, x0:x1].sum() == mask.sum()
+            and mask[y0].any()
+            and mask[y1 - 1].any()
+            and mask[:, x0].any()
+            and mask[:, x1 - 1].any()
+        )
         assert 0.02 < mask.float().mean() < 0.6
         assert abs((x0 + x1) / 2 - 32) < 20 and abs((y0 + y1) / 2 - 24) < 20  # near the centre
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(folder):
     dataset, transform = data.open_folder(folder / "train"), data.train_transform(args())
-    samples = Samples(dataset, transform, seed=1)
+    samples = TrainDataset(dataset, transform, seed=1)
     torch.rand(3)
     one = samples[2, 5][0]
     torch.rand(7)
     assert torch.equal(samples[2, 5][0], one)
     assert not torch.equal(samples[3, 5][0], one)
-    assert not torch.equal(Samples(dataset, transform, seed=2)[2, 5][0], one)
+    assert not torch.equal(TrainDataset(dataset, transform, seed=2)[2, 5][0], one)
 
 
 def test_batches_are_contiguous_slices_of_one_order():
-    whole = [[i for _, i in batch] for batch in Batches(50, 24, 1, 0, 1, seed=3, epochs=2)]
+    whole = [[i for _, i in batch] for batch in ResumableBatchSampler(50, 24, 1, 0, 1, seed=3, epochs=2)]
     assert len(whole) == 4 and len(set(whole[0] + whole[1])) == 48 and whole[2] != whole[0]
-    parts = [[batch for batch in Batches(50, 4, 3, rank, 2, seed=3, epochs=2)] for rank in (0, 1)]
+    parts = [
+        [batch for batch in ResumableBatchSampler(50, 4, 3, rank, 2, seed=3, epochs=2)] for rank in (0, 1)
+    ]
     for k in range(4):  # each rank, then each micro-batch
         joined = [i for rank in (0, 1) for batch in parts[rank][3 * k : 3 * k + 3] for _, i in batch]
         assert joined == whole[k]
     assert {epoch for epoch, _ in parts[0][0]} == {0} and {epoch for epoch, _ in parts[0][-1]} == {1}
-    later = Batches(50, 4, 3, 1, 2, seed=3, epochs=2)
+    later = ResumableBatchSampler(50, 4, 3, 1, 2, seed=3, epochs=2)
     later.start = 3
     assert list(later) == parts[1][9:] and len(later) == 3
     with pytest.raises(UserError, match="larger than the set of 50"):
-        Batches(50, 26, 1, 0, 2, seed=0, epochs=1)
+        ResumableBatchSampler(50, 26, 1, 0, 2, seed=0, epochs=1)
 
 
-def test_held_out_images_are_always_the_same_and_of_all_classes(folder):
+def test_fixed_images_are_always_the_same_and_of_all_classes(folder):
     dataset = data.open_folder(folder / "train")  # sorted by class
-    images, masks = data.some_images(dataset, (20, 20), 8)
-    assert torch.equal(images, data.some_images(dataset, (20, 20), 8)[0]) and masks is None
-    labels = [label for image in images for other, label in (dataset[i] for i in range(40)) if torch.equal(image, other)]
+    images, masks = data.fixed_images(dataset, (20, 20), 8)
+    assert torch.equal(images, data.fixed_images(dataset, (20, 20), 8)[0]) and masks is None
+    samples = [dataset[i] for i in range(40)]
+    labels = [label for image in images for other, label in samples if torch.equal(image, other)]
     assert len(labels) == 8 and set(labels) == {0, 1}
     shapes = data.Shapes((16, 24), "val", 20)
-    images, regions = data.some_images(shapes, (16, 24), 5)
-    masks = regions > 0
-    assert all(int(regions[j].max()) == 1 + shapes[i][1] for j, i in enumerate(torch.randperm(len(shapes), generator=torch.Generator().manual_seed(0))[:5].tolist()))
-    drawn = {tuple(shapes.draw(i)["image"].flatten().tolist()): shapes.draw(i)["mask"] for i in range(20)}
-    assert all(torch.equal(drawn[tuple(image.flatten().tolist())], mask) for image, mask in zip(images, masks))
+    images, masks = data.fixed_images(shapes, (16, 24), 5)
+    drawn = [shapes.draw(i) for i in range(20)]
+    mask_of = {tuple(sample["image"].flatten().tolist()): sample["mask"] for sample in drawn}
+    assert all(torch.equal(mask_of[tuple(i.flatten().tolist())], mask) for i, mask in zip(images, masks))
 
 
 def test_object_awareness_is_the_attention_that_falls_on_the_object():
@@ -219,11 +236,21 @@ def test_object_awareness_is_the_attention_that_falls_on_the_object():
     assert attention == pytest.approx(area)  # who looks everywhere alike
 
 
-@pytest.mark.parametrize("flags, crops, jitters", [("none", False, False), ("fixed-crop", True, False), ("random-crop", True, False), ("color-jitter", True, True)])
+@pytest.mark.parametrize(
+    "flags, crops, jitters",
+    [
+        ("none", False, False),
+        ("fixed-crop", True, False),
+        ("random-crop", True, False),
+        ("color-jitter", True, True),
+    ],
+)
 def test_augment(flags, crops, jitters):
     transform = data.train_transform(train.parse_args(["--augment", flags, "--image-size", "32", "48"]))
     y, x = torch.meshgrid(torch.arange(60), torch.arange(90), indexing="ij")
-    image = torch.stack([2 * x, 3 * y, 0 * x + 128]).to(torch.uint8)  # red: where across, green: where down, blue: a colour that no crop changes
+    image = torch.stack([2 * x, 3 * y, 0 * x + 128]).to(
+        torch.uint8
+    )  # red: where across, green: where down, blue: a colour that no crop changes
     views = []
     for seed in range(20):
         data.seed_torch(seed)
@@ -235,32 +262,47 @@ def test_augment(flags, crops, jitters):
     down = [int(view[1, 30, 24]) - int(view[1, 2, 24]) for view in views]  # green over 28 rows
     if flags in ("none", "fixed-crop"):  # one size: 60 x 90 to 32 x 48, or to 37 x 55 (8 / 7 of that)
         scale = 60 / 32 if flags == "none" else 90 / 55
-        assert all(abs(a - 32 * 2 * scale) <= 4 and abs(d - 28 * 3 * scale) <= 6 for a, d in zip(across, down)), (across, down)
+        assert all(
+            abs(a - 32 * 2 * scale) <= 4 and abs(d - 28 * 3 * scale) <= 6 for a, d in zip(across, down)
+        ), (across, down)
     else:
         assert max(across) - min(across) > 10
     stretch = [1.0] if jitters else [a / 64 / (d / 84) for a, d in zip(across, down)]
-    assert 0.7 < min(stretch) and max(stretch) < 1.4  # 3/4 to 4/3, also where the image asked for is not square
-    assert len({bool(view[0, 16, 40] > view[0, 16, 8]) for view in views}) == (1 if flags == "none" else 2)  # flipped
+    assert (
+        0.7 < min(stretch) and max(stretch) < 1.4
+    )  # 3/4 to 4/3, also where the image asked for is not square
+    assert len({bool(view[0, 16, 40] > view[0, 16, 8]) for view in views}) == (
+        1 if flags == "none" else 2
+    )  # flipped
 
 
-def test_heat_is_white_at_the_maximum_and_dark_where_nothing_is():
+def test_heat_is_white_at_the_maximum_and_black_where_nothing_is():
     maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]])
     heat = data.heat_map(maps, torch.zeros(1, 3, 8, 8))
     assert heat.shape == (1, 3, 8, 8) and (heat[0, :, :4, :4] == 0).all()
-    assert torch.allclose(heat[0, :, :4, 4:], torch.tensor(0.65)) and (heat[0, 0] >= heat[0, 2]).all()
+    assert (heat[0, :, :4, 4:] == 1).all() and (heat[0, 0] >= heat[0, 2]).all()
 
 
 def test_curves_compare_runs(tmp_path):
     for name, values in (("a", (1.0, 0.5, 0.2)), ("b", (0.9, 0.8, 0.7))):
         (tmp_path / name).mkdir()
-        rows = [{"step": i, "epoch": i / 2, "lr": 0.1, "loss": value, "accuracy_layers": [0.2, value]} for i, value in enumerate(values)]
+        rows = [
+            {"step": i, "epoch": i / 2, "lr": 0.1, "loss": value, "accuracy_layers": [0.2, value]}
+            for i, value in enumerate(values)
+        ]
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, both = (np.array(data.curves(folders)) for folders in ([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"]))
-    assert one.shape == both.shape and one.shape[1] > 2 * 400  # a chart for the loss, one for the layers; no chart for step, epoch, lr
+    one, both = (
+        np.array(data.curves(folders)) for folders in ([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"])
+    )
+    assert (
+        one.shape == both.shape and one.shape[1] > 2 * 400
+    )  # a chart for the loss, one for the layers; no chart for step, epoch, lr
     red, blue = (tuple(int(255 * c) for c in data.COLOURS[i]) for i in (0, 1))
     assert (one == red).all(-1).any() and not (one == blue).all(-1).any()
     assert (both == red).all(-1).any() and (both == blue).all(-1).any()
-    (tmp_path / "a" / "log.jsonl").open("a").write('{"step": 4, "lo{"step": 5}\n')  # a line that a full disk cut short
+    (tmp_path / "a" / "log.jsonl").open("a").write(
+        '{"step": 4, "lo{"step": 5}\n'
+    )  # a line that a full disk cut short
     assert np.array_equal(np.array(data.curves([tmp_path / "a"])), one)
     assert data.curves([tmp_path / "none"]) is None
     (tmp_path / "a" / "log.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 1.0}) + "\n")
@@ -277,26 +319,10 @@ def test_a_line_goes_through_its_points():
 
 def test_pictures_are_titled_and_hold_the_panels():
     for titles, head in ((("a", "b", "c"), 19), (("a", "b\nsecond line", "c"), 34)):
-        pixels = np.array(data.picture_sheet(torch.rand(2, 3, 3, 64, 64), titles))
-        assert pixels.shape == (head + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:head] < 128).any()
-
-
-def test_the_outline_holds_half_of_the_mass():
-    maps = torch.tensor([[[0.4, 0.3], [0.2, 0.1]], [[0.25, 0.25], [0.25, 0.25]]])
-    pictures = data.outline(maps, torch.zeros(2, 3, 16, 16))
-    blue = pictures[:, 2] == 1
-    assert blue[0, :8].any() and not blue[0, 8:].any()  # .4 + .3 hold half, .4 alone does not
-    assert blue[0, 0, 0].item() is False and blue[0, 7, 3].item() is True  # the image's own border is no contour
-    assert not data.outline(torch.ones(1, 2, 2), torch.zeros(1, 3, 16, 16), mass=1.0).any()
-
-
-def test_patches_are_drawn_where_pca_puts_them():
-    features = torch.zeros(1, 2, 2, 3)
-    features[..., 1] = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # one direction holds all the variance
-    regions = torch.zeros(1, 8, 8, dtype=torch.long)
-    regions[0, :4, :4] = 1  # the first patch, and half of none
-    chart = np.asarray(data.patch_scatter(features, regions, "title"))
-    coloured = np.argwhere((chart.max(2).astype(int) - chart.min(2) > 100) & (np.arange(360)[:, None] > 15))
-    grey = np.argwhere((chart == 211).all(2))
-    assert len(coloured) and (coloured[:, 1].max() < 20 or coloured[:, 1].min() > 320)  # the first patch, at one end
-    assert len(grey) >= 3
+        panels = {title: torch.rand(2, 3, 64, 64) for title in titles}
+        pixels = np.array(data.picture_sheet(panels))
+        assert (
+            pixels.shape == (head + 4 + 2 * (128 + 4), 4 + 3 * (128 + 4), 3) and (pixels[:head] < 128).any()
+        )
+        corner = (panels["b\nsecond line" if head == 34 else "b"][0, :, 0, 0] * 255).byte().numpy()
+        assert np.abs(pixels[head + 4, 4 + 132].astype(int) - corner).max() <= 1

@@ -1,4 +1,6 @@
-"""Fine-tuning and probing: encoders of every layout, heads, optimizers, metrics, the transfer sets in their own formats, whole runs."""
+"""Fine-tuning and probing: encoders of every layout, heads, optimizers, metrics, the transfer sets in their
+own formats, whole runs."""
+
 import argparse
 import csv
 import json
@@ -22,7 +24,7 @@ import finetune
 import mrmae
 import train
 import vit
-from conftest import build, randomize
+from conftest import randomize
 from test_train import Hostile, interrupt_at, one_line, rows
 from vit import UserError, ViT
 
@@ -50,23 +52,438 @@ def encoder(tmp_path_factory):
 def classifier(protocol, *flags, classes=3, multi_label=False, fc_norm=None, feature="cls", model=None):
     args = parse("--protocol", protocol, *flags)
     info = {"method": "x", "feature": feature, "mean": data.MEAN, "std": data.STD}
-    return finetune.Classifier(model or vit_of(32, 2, 2, (16, 16), 4), info, fc_norm, args, classes, multi_label)
+    return finetune.Classifier(
+        model or vit_of(32, 2, 2, (16, 16), 4), info, fc_norm, args, classes, multi_label
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ------------------------------------------------------------------------------------------------------------
 # Encoders
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def layouts(weights):
     """The same ViT as it lies in published files."""
     heads = {"head.weight": torch.randn(10, 192), "head.bias": torch.randn(10)}
-    decoder = {"mask_token": torch.randn(1, 1, 64), "decoder_pos_embed": torch.randn(1, 17, 64), "decoder_blocks.0.attn.qkv.weight": torch.randn(192, 64)}
-    mean_pooled = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value for name, value in weights.items()}
+    decoder = {
+        "mask_token": torch.randn(1, 1, 64),
+        "decoder_pos_embed": torch.randn(1, 17, 64),
+        "decoder_blocks.0.attn.qkv.weight": torch.randn(192, 64),
+    }
+    mean_pooled = {
+        name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value
+        for name, value in weights.items()
+    }
     wrapped = {f"module.backbone.{name}": value for name, value in weights.items()}
     return {
         "mae_pretrain": {"model": {**weights, **decoder}},
         "mae_finetuned": {"model": {**mean_pooled, **heads}, "args": argparse.Namespace(lr=1)},
         "dino": weights,
-        "dino_full": {"student": {}, "teacher": {**{f"backbone.{k}": v for k, v in weights.items()}, "head.last_layer.weight_v": torch.randn(4, 4)}, "epoch": 3},
+        "dino_full": {
+            "student": {},
+            "teacher": {
+                **{f"backbone.{k}": v for k, v in weights.items()},
+                "head.last_layer.weight_v": torch.randn(4, 4),
+            },
+            "epoch": 3,
+        },
         "timm": {**weights, **heads},
         "compiled": {"state_dict": {f"_orig_mod.module.{name}": value for name, value in weights.items()}},
         "wrapped": {"state_dict": wrapped},
@@ -74,17 +491,22 @@ def layouts(weights):
     }
 
 
-@pytest.mark.parametrize("name", ["mae_pretrain", "mae_finetuned", "dino", "dino_full", "timm", "compiled", "wrapped", "model.encoder"])
+@pytest.mark.parametrize(
+    "name",
+    ["mae_pretrain", "mae_finetuned", "dino", "dino_full", "timm", "compiled", "wrapped", "model.encoder"],
+)
 def test_published_layouts_give_the_features_that_their_names_imply(name, tmp_path, capsys):
     model, images = vit_of(), torch.randn(2, 3, 32, 32)
     torch.save(layouts(model.state_dict())[name], tmp_path / "file.pth")
-    loaded, info, fc_norm = finetune.open_encoder(parse("--protocol", "linear", "--encoder", tmp_path / "file.pth"))
+    loaded, info, fc_norm = finetune.open_encoder(
+        parse("--protocol", "linear", "--encoder", tmp_path / "file.pth")
+    )
     assert loaded.config == model.config  # 3 heads, from a table of widths
     assert info["feature"] == ("mean" if name == "mae_finetuned" else "cls")
     assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])
     said = capsys.readouterr().out
     others = {"mae_pretrain": 3, "mae_finetuned": 2, "dino_full": 1, "timm": 2}.get(name, 0)
-    assert f"all {len(model.state_dict())} tensors of the encoder found, {others} others" in said
+    assert f"{len(model.state_dict())} tensors of the encoder, {others} others" in said
     assert (fc_norm is not None) == ("fc_norm stands for norm" in said) == (name == "mae_finetuned")
 
 
@@ -93,8 +515,10 @@ def test_a_mean_pooled_fine_tuned_file_fills_the_new_layer_norm(tmp_path, capsys
     torch.save(layouts(model.state_dict())["mae_finetuned"], tmp_path / "file.pth")
     args = parse("--protocol", "finetune", "--encoder", tmp_path / "file.pth")
     loaded, info, fc_norm = finetune.open_encoder(args)
-    assert "fills the new LayerNorm" in capsys.readouterr().out
-    assert torch.equal(finetune.Classifier(loaded, info, fc_norm, args, 3, False).fc_norm.bias, model.norm.bias)
+    assert "fills a new LayerNorm" in capsys.readouterr().out
+    assert torch.equal(
+        finetune.Classifier(loaded, info, fc_norm, args, 3, False).fc_norm.bias, model.norm.bias
+    )
 
 
 def test_encoders_that_do_not_fit_are_named(tmp_path):
@@ -102,20 +526,33 @@ def test_encoders_that_do_not_fit_are_named(tmp_path):
     missing = {name: value for name, value in weights.items() if name != "blocks.1.mlp.fc2.bias"}
     odd_width = vit_of(48, 1, 3).state_dict()
     for content, words in (
-        ({"model": missing}, "no blocks.1.mlp.fc2.bias"), ({**weights, "blocks.0.attn.q_norm.weight": torch.ones(64)}, "q_norm.weight, which our ViT has not"),
-        ({**weights, "cls_token": torch.zeros(1, 1, 8)}, "cls_token .1, 1, 8."), ({"a": torch.zeros(1)}, "no Vision Transformer"), ([1, 2], "no weights by name"),
-        ({0: torch.zeros(1)}, "no Vision Transformer"), ({**weights, "pos_embed": torch.zeros(3)}, "no Vision Transformer"),
-        ({"config": "x", "state_dict": {}}, "not a whole encoder.pt"), ({"config": {"kind": "vit"}, "state_dict": {}}, "not a whole encoder.pt"),
-        ({"config": vit_of().config, "state_dict": missing, "feature": "cls"}, "blocks.1.mlp.fc2.bias"), ({"model": weights, "optimizer": {}, "args": {}, "step": 1}, "give the encoder.pt"),
-        (odd_width, "give --heads"), ({"model": Hostile()}, "not opened"),
+        ({"model": missing}, "Missing key.*blocks.1.mlp.fc2.bias"),
+        ({**weights, "blocks.0.attn.q_norm.weight": torch.ones(64)}, "Unexpected key.*q_norm.weight"),
+        ({**weights, "cls_token": torch.zeros(1, 1, 8)}, "size mismatch for cls_token"),
+        ({"a": torch.zeros(1)}, "no Vision Transformer"),
+        ([1, 2], "no weights by name"),
+        ({0: torch.zeros(1)}, "no Vision Transformer"),
+        ({**weights, "pos_embed": torch.zeros(3)}, "no Vision Transformer"),
+        ({"config": "x", "state_dict": {}}, "not a whole encoder.pt"),
+        ({"config": {"kind": "vit"}, "state_dict": {}}, "not a whole encoder.pt"),
+        ({"config": vit_of().config, "state_dict": missing, "feature": "cls"}, "blocks.1.mlp.fc2.bias"),
+        ({"model": weights, "optimizer": {}, "args": {}, "step": 1}, "give the encoder.pt"),
+        (odd_width, "give --heads"),
+        ({"model": Hostile()}, "not opened"),
     ):
         torch.save(content, tmp_path / "file.pth")
         with pytest.raises(UserError, match=words):
             finetune.open_encoder(parse("--encoder", tmp_path / "file.pth"))
     torch.save(odd_width, tmp_path / "file.pth")
-    assert finetune.open_encoder(parse("--encoder", tmp_path / "file.pth", "--heads", 3))[0].config["heads"] == 3
+    assert (
+        finetune.open_encoder(parse("--encoder", tmp_path / "file.pth", "--heads", 3))[0].config["heads"] == 3
+    )
     torch.save(weights, tmp_path / "file.pth")
-    for flags, words in ((("--patch-size", 16), "--patch-size 16: .* has 8"), (("--width", 8), "has 192"), (("--size", "base"), "of its own")):
+    for flags, words in (
+        (("--patch-size", 16), "--patch-size 16: .* has 8"),
+        (("--width", 8), "has 192"),
+        (("--size", "base"), "of its own"),
+    ):
         with pytest.raises(UserError, match=words):
             finetune.open_encoder(parse("--encoder", tmp_path / "file.pth", *flags))
 
@@ -126,7 +563,9 @@ def test_other_image_sizes_resize_the_position_table(size, tmp_path):
     torch.save(vit.pack_encoder(model, "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
     loaded, _, _ = finetune.open_encoder(parse("--encoder", tmp_path / "encoder.pt", "--image-size", *size))
     images = torch.randn(1, 3, *size)
-    assert_close(loaded.eval().features(images)["patches"], model.features(images)["patches"])  # the old one resizes at each call
+    assert_close(
+        loaded.eval().features(images)["patches"], model.features(images)["patches"]
+    )  # the old one resizes at each call
     assert loaded.pos_embed.shape[1] == 1 + size[0] * size[1] // 256
 
 
@@ -134,27 +573,50 @@ MCMAE = torch.load(Path(__file__).parent / "golden" / "mcmae_tiny64.pt", weights
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
-def test_mcmaes_published_layout(fine_tuned, tmp_path, capsys):
+def test_mcmaes_published_layout(fine_tuned, tmp_path, capsys, monkeypatch):
     state = dict(MCMAE["state_dict"])
     if fine_tuned:  # the authors' fine-tuning drops decoders and fusion, and renames the last LayerNorm
-        state = {name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: value for name, value in state.items()
-                 if not name.startswith(("decoder", "mask_token", "stage"))} | {"head.weight": torch.randn(10, 48), "head.bias": torch.randn(10)}
+        state = {
+            name.replace("norm.", "fc_norm.", 1) if name.startswith("norm.") else name: value
+            for name, value in state.items()
+            if not name.startswith(("decoder", "mask_token", "stage"))
+        } | {"head.weight": torch.randn(10, 48), "head.bias": torch.randn(10)}
     torch.save({"model": state}, tmp_path / "mcmae.pth")
     args = parse("--protocol", "linear", "--encoder", tmp_path / "mcmae.pth", "--heads", 4)
     loaded, info, fc_norm = finetune.open_encoder(args)
-    assert "MCMAE layout, all" in capsys.readouterr().out and info["feature"] == "mean" and (fc_norm is not None) == fine_tuned
-    assert loaded.config["stem"] == {"widths": [16, 24], "depths": [1, 1], "mlp_ratios": [2.0, 3.0]} and loaded.config["class_token"] is False
-    whole = build("mae", *"--stem conv --stem-widths 16 24 --stem-depths 1 1 --stem-mlp-ratios 2 3 --patch-size 16 --image-size 64 --width 48 --heads 4 "
-                          "--decoder-width 32 --decoder-depth 2 --decoder-heads 4 --decoder-mlp-ratio 2".split())
+    assert (
+        "MCMAE layout, " in capsys.readouterr().out
+        and info["feature"] == "mean"
+        and (fc_norm is not None) == fine_tuned
+    )
+    assert (
+        loaded.config["stem"] == {"widths": [16, 24], "depths": [1, 1], "mlp_ratios": [2.0, 3.0]}
+        and loaded.config["class_token"] is False
+    )
+    monkeypatch.setitem(vit.SIZES, "golden", (48, 2, 4, 32, 2, 4))
+    ratios = dict(mlp_ratios=[2, 3], mlp_ratio=4, decoder_mlp_ratio=2)
+    monkeypatch.setitem(vit.STEM_SIZES, "golden", dict(widths=[16, 24], depths=[1, 1], depth=2, **ratios))
+    whole = mrmae.MAE(train.parse_args("--method mae --stem conv --size golden".split()))
     whole.load_state_dict(mrmae.from_official_mcmae(MCMAE["state_dict"]))
     images = MCMAE["images"]
-    assert_close(loaded.eval().features(images)["patches"], whole.encoder.features(images)["patches"])  # without fusion
-    bigger = finetune.open_encoder(parse("--encoder", tmp_path / "mcmae.pth", "--heads", 4, "--image-size", 96, 64))[0]
-    assert bigger.pos_embed.shape == (1, 24, 48) and bigger.features(torch.randn(1, 3, 96, 64))["patches"].shape == (1, 24, 48)
+    assert_close(
+        loaded.eval().features(images)["patches"], whole.encoder.features(images)["patches"]
+    )  # without fusion
+    bigger = finetune.open_encoder(
+        parse("--encoder", tmp_path / "mcmae.pth", "--heads", 4, "--image-size", 96, 64)
+    )[0]
+    assert bigger.pos_embed.shape == (1, 24, 48) and bigger.features(torch.randn(1, 3, 96, 64))[
+        "patches"
+    ].shape == (1, 24, 48)
     with pytest.raises(UserError, match="no class token; use mean"):
-        finetune.Classifier(loaded, info, fc_norm, parse("--protocol", "linear", "--feature", "cls"), 3, False)
-    torch.save({"model": {name: value for name, value in state.items() if name != "blocks1.0.conv2.bias"}}, tmp_path / "mcmae.pth")
-    with pytest.raises(UserError, match="no patch_embed.blocks1.0.conv2.bias"):
+        finetune.Classifier(
+            loaded, info, fc_norm, parse("--protocol", "linear", "--feature", "cls"), 3, False
+        )
+    torch.save(
+        {"model": {name: value for name, value in state.items() if name != "blocks1.0.conv2.bias"}},
+        tmp_path / "mcmae.pth",
+    )
+    with pytest.raises(UserError, match="Missing key.*patch_embed.blocks1.0.conv2.bias"):
         finetune.open_encoder(args)
 
 
@@ -168,9 +630,17 @@ def test_conv_stages_learn_at_the_lowest_rate_and_share_the_drop_path():
     groups = finetune.layer_decay_groups(model, 0.5, 0.05)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     names = dict(model.named_parameters())
-    assert {scale[id(p)] for name, p in names.items() if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token"))} == {0.5**4}
-    assert scale[id(names["encoder.blocks.0.norm1.weight"])] == 0.5**3 and scale[id(names["head.weight"])] == 1
-    assert [block.drop_path for block in model.encoder.modules() if hasattr(block, "drop_path")] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert {
+        scale[id(p)]
+        for name, p in names.items()
+        if name.startswith(("encoder.patch_embed", "encoder.pos_embed", "encoder.cls_token"))
+    } == {0.5**4}
+    assert (
+        scale[id(names["encoder.blocks.0.norm1.weight"])] == 0.5**3 and scale[id(names["head.weight"])] == 1
+    )
+    assert [
+        block.drop_path for block in model.encoder.modules() if hasattr(block, "drop_path")
+    ] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     x = torch.randn(8, 8, 4, 4)
     block = model.encoder.patch_embed.blocks1[0].train()
     block.drop_path = 1 - 1e-6
@@ -178,15 +648,24 @@ def test_conv_stages_learn_at_the_lowest_rate_and_share_the_drop_path():
 
 
 def test_no_encoder_is_a_random_one_of_train_pys_sizes():
-    made, info, _ = finetune.open_encoder(parse("--encoder", "none", "--image-size", 32, "--patch-size", 4, "--depth", 3))
-    assert made.config["image_size"] == [32, 32] and len(made.blocks) == 3 and made.width == 128 and info["method"] == "random"
+    made, info, _ = finetune.open_encoder(
+        parse("--encoder", "none", "--image-size", 32, "--patch-size", 4, "--depth", 3)
+    )
+    assert (
+        made.config["image_size"] == [32, 32]
+        and len(made.blocks) == 3
+        and made.width == 128
+        and info["method"] == "random"
+    )
 
 
 def test_image_statistics_can_be_given(encoder):
     for name in ("none", encoder):
         assert finetune.open_encoder(parse("--encoder", name))[1]["mean"] == list(data.MEAN)
-        info = finetune.open_encoder(parse("--encoder", name, "--mean", .5, .5, .5, "--std", .4, .4, .4))[1]
-        assert (info["mean"], info["std"]) == ([.5] * 3, [.4] * 3)  # timm's augreg files
+        info = finetune.open_encoder(
+            parse("--encoder", name, "--mean", 0.5, 0.5, 0.5, "--std", 0.4, 0.4, 0.4)
+        )[1]
+        assert (info["mean"], info["std"]) == ([0.5] * 3, [0.4] * 3)  # timm's augreg files
 
 
 def test_an_encoder_file_loads_strictly_into_timm(tmp_path):
@@ -195,12 +674,17 @@ def test_an_encoder_file_loads_strictly_into_timm(tmp_path):
     other = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     other.load_state_dict(vit.pack_encoder(model, "mae", "cls", data.MEAN, data.STD)["state_dict"])
     images = torch.randn(1, 3, 224, 224)
-    assert_close(other.forward_features(images), torch.cat([model.features(images)[key] for key in ("cls", "patches")], dim=1), atol=1e-4, rtol=1e-4)
+    assert_close(
+        other.forward_features(images),
+        torch.cat([model.features(images)[key] for key in ("cls", "patches")], dim=1),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Heads and optimizers
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_fine_tuning_reads_the_mean_of_raw_patch_tokens_through_a_new_layer_norm():
     model = randomize(classifier("finetune")).eval()
     images, raw = torch.randn(2, 3, 16, 16), {}
@@ -249,20 +733,26 @@ def test_probes_leave_the_encoder_alone_and_use_running_statistics_at_test_time(
     if protocol == "linear":
         x = out["cls"][:, 0] if feature == "cls" else out["patches"].mean(1)
         norm, fc = model.head
-        assert_close(model.logits(images), (x - norm.running_mean) / (norm.running_var + 1e-6).sqrt() @ fc.weight.T + fc.bias)
+        assert_close(
+            model.logits(images),
+            (x - norm.running_mean) / (norm.running_var + 1e-6).sqrt() @ fc.weight.T + fc.bias,
+        )
 
 
 def test_the_attentive_head_one_query_and_head_at_a_time():
     head, patches = finetune.AttentiveHead(8, 2, 3).eval(), torch.randn(2, 5, 8)
-    assert_close(head.attend(patches)[0], torch.full((2, 2, 1, 5), 0.2))  # a query of zeros looks everywhere alike
+    head.attn.record = True
+    head(patches)
+    # A query of zeros looks everywhere alike.
+    assert_close(head.attn.recorded, torch.full((2, 2, 1, 5), 0.2))
     randomize(head)
-    q = head.q(head.norm_q(head.query))[0, 0]
+    q = head.attn.q(head.norm_q(head.query))[0, 0]
     for b in range(2):
-        k, v, pooled = head.k(head.norm_k(patches[b])), head.v(head.norm_v(patches[b])), []
+        k, v, pooled = head.attn.k(head.norm_k(patches[b])), head.attn.v(head.norm_v(patches[b])), []
         for part in (slice(0, 4), slice(4, 8)):
             weights = torch.stack([q[part] @ k[l, part] / 2 for l in range(5)]).softmax(0)
             pooled.append(sum(w * v[l, part] for l, w in enumerate(weights)))
-        x = head.proj(torch.cat(pooled))
+        x = head.attn.proj(torch.cat(pooled))
         expected = head.fc((x - head.norm.running_mean) / (head.norm.running_var + 1e-5).sqrt())
         assert_close(head(patches)[b], expected, atol=1e-5, rtol=1e-5)
 
@@ -271,11 +761,22 @@ def test_layer_decay_groups():
     model = classifier("finetune", model=vit_of(32, 3, 2, (16, 16), 4))
     groups = finetune.layer_decay_groups(model, 0.5, 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {
+        names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
     assert found.keys() == {name for name, p in model.named_parameters()}
-    for name, expected in {"encoder.cls_token": (1 / 16, 0), "encoder.pos_embed": (1 / 16, 0), "encoder.patch_embed.proj.weight": (1 / 16, 0.05),
-                           "encoder.patch_embed.proj.bias": (1 / 16, 0), "encoder.blocks.0.attn.qkv.weight": (1 / 8, 0.05), "encoder.blocks.2.norm1.weight": (1 / 2, 0),
-                           "encoder.blocks.2.mlp.fc1.weight": (1 / 2, 0.05), "fc_norm.weight": (1, 0), "head.weight": (1, 0.05), "head.bias": (1, 0)}.items():
+    for name, expected in {
+        "encoder.cls_token": (1 / 16, 0),
+        "encoder.pos_embed": (1 / 16, 0),
+        "encoder.patch_embed.proj.weight": (1 / 16, 0.05),
+        "encoder.patch_embed.proj.bias": (1 / 16, 0),
+        "encoder.blocks.0.attn.qkv.weight": (1 / 8, 0.05),
+        "encoder.blocks.2.norm1.weight": (1 / 2, 0),
+        "encoder.blocks.2.mlp.fc1.weight": (1 / 2, 0.05),
+        "fc_norm.weight": (1, 0),
+        "head.weight": (1, 0.05),
+        "head.bias": (1, 0),
+    }.items():
         assert found[name] == expected, name
 
 
@@ -305,45 +806,75 @@ def test_lars_against_its_formula():
 
 def test_the_schedule_ends_at_the_smallest_rate():
     assert train.lr_at(100, 1.0, 5, 100, 0.1) == pytest.approx(0.1) and train.lr_at(5, 1.0, 5, 100, 0.1) == 1
-    assert train.lr_at(52.5, 1.0, 5, 100, 0.1) == pytest.approx(0.55) and train.lr_at(1, 1.0, 5, 100, 0.1) == pytest.approx(0.2)  # no floor in warm-up
+    assert train.lr_at(52.5, 1.0, 5, 100, 0.1) == pytest.approx(0.55) and train.lr_at(
+        1, 1.0, 5, 100, 0.1
+    ) == pytest.approx(0.2)  # no floor in warm-up
 
 
 def test_augmented_batches():
-    info, images, labels = {"mean": data.MEAN, "std": data.STD}, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 4
+    info, images, labels = (
+        {"mean": data.MEAN, "std": data.STD},
+        torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8),
+        torch.arange(8) % 4,
+    )
     off = ("--mixup", 0, "--cutmix", 0, "--erasing", 0)
-    x, targets = finetune.augmented(images, labels, parse("--protocol", "finetune", *off, "--smoothing", 0.2), info, 4, False)
+    x, targets = finetune.augmented(
+        images, labels, parse("--protocol", "finetune", *off, "--smoothing", 0.2), info, 4, False
+    )
     assert_close(x, data.normalize(images))
     assert_close(targets[1], torch.tensor([0.05, 0.85, 0.05, 0.05]))  # s / K off, 1 - s + s / K on
-    x, targets = finetune.augmented(images, labels, parse("--protocol", "finetune", "--erasing", 0), info, 4, False)
+    x, targets = finetune.augmented(
+        images, labels, parse("--protocol", "finetune", "--erasing", 0), info, 4, False
+    )
     assert_close(targets.sum(1), torch.ones(8))
     assert not torch.equal(x, data.normalize(images))
     boxes = set()
-    x, _ = finetune.augmented(images, labels, parse("--protocol", "finetune", "--mixup", 0, "--cutmix", 0, "--erasing", 1), info, 4, False)
+    x, _ = finetune.augmented(
+        images,
+        labels,
+        parse("--protocol", "finetune", "--mixup", 0, "--cutmix", 0, "--erasing", 1),
+        info,
+        4,
+        False,
+    )
     for changed in (x != data.normalize(images)).any(1):
         ys, xs = changed.nonzero(as_tuple=True)
         boxes.add((ys.min().item(), xs.min().item(), ys.max().item(), xs.max().item()))
     assert len(boxes) > 4  # image by image
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metrics
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_metrics_on_a_case_counted_by_hand():
     scores = torch.eye(3)[torch.tensor([0, 0, 0, 1, 2, 2])]
     labels = torch.tensor([0, 0, 1, 1, 2, 0])
-    assert finetune.confusion_matrix(scores.argmax(1), labels, 3).tolist() == [[2, 0, 1], [1, 1, 0], [0, 0, 1]]
-    results = finetune.score(scores, labels, "mean_per_class")
-    assert results["top1"] == pytest.approx(100 * 4 / 6) and results["mean_per_class"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)
+    assert finetune.confusion_matrix(scores.argmax(1), labels, 3).tolist() == [
+        [2, 0, 1],
+        [1, 1, 0],
+        [0, 0, 1],
+    ]
+    results = finetune.compute_metrics(scores, labels, "mean_per_class")
+    assert results["top1"] == pytest.approx(100 * 4 / 6) and results["mean_per_class"] == pytest.approx(
+        100 * (2 / 3 + 1 / 2 + 1) / 3
+    )
 
 
 def test_average_precision_at_eleven_recalls():
-    scores, positive = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, False, False])
+    scores, positive = (
+        torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]),
+        torch.tensor([True, False, True, False, False]),
+    )
     # recall .5 at precision 1, recall 1 at precision 2/3: six levels (0 .. .5) of 1, five of 2/3
     assert finetune.average_precision_11(scores, positive) == pytest.approx((6 + 5 * 2 / 3) / 11)
-    ranking = torch.tensor([True] + [False] * 5 + [True] * 9)  # 10 positives: recall .1 at precision 1, recall 1 at precision 10 / 15
-    assert finetune.average_precision_11(torch.arange(15, 0, -1), ranking) == pytest.approx((2 + 9 * 10 / 15) / 11)  # exact recalls count
+    ranking = torch.tensor(
+        [True] + [False] * 5 + [True] * 9
+    )  # 10 positives: recall .1 at precision 1, recall 1 at precision 10 / 15
+    assert finetune.average_precision_11(torch.arange(15, 0, -1), ranking) == pytest.approx(
+        (2 + 9 * 10 / 15) / 11
+    )  # exact recalls count
     perfect = torch.randn(40, 3)
-    assert finetune.score(perfect, (perfect > 0.3).float(), "map11")["map11"] == pytest.approx(100)
+    assert finetune.compute_metrics(perfect, (perfect > 0.3).float(), "map11")["map11"] == pytest.approx(100)
 
 
 def test_nearest_neighbours_one_by_one():
@@ -357,9 +888,9 @@ def test_nearest_neighbours_one_by_one():
         assert_close(votes[i], expected, rtol=1e-3, atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sets
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def picture(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
@@ -387,7 +918,11 @@ def make_caltech101(root):  # lists name the background too, as Ericsson et al.'
         for i in range(1, 4):
             picture(base / "101_ObjectCategories" / name / f"image_{i:04d}.jpg", 10 * c + i)
     (base / "Annotations").mkdir()
-    write(base / "train.txt", "accordion/image_0001.jpg\nBACKGROUND_Google/image_0001.jpg\nFaces/image_0002.jpg\nFaces/image_0003.jpg\n")
+    write(
+        base / "train.txt",
+        "accordion/image_0001.jpg\nBACKGROUND_Google/image_0001.jpg\n"
+        "Faces/image_0002.jpg\nFaces/image_0003.jpg\n",
+    )
     write(base / "test.txt", "accordion/image_0003.jpg\n")
     return [1, 0, 0], [1]
 
@@ -401,8 +936,13 @@ def make_cars(root):
 
     (base / "devkit").mkdir(parents=True)
     io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array(["Audi", "BMW"], dtype=object)})
-    io.savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": annotations([("1.jpg", 2), ("2.jpg", 1), ("3.jpg", 1)])})
-    io.savemat(base / "cars_test_annos_withlabels.mat", {"annotations": annotations([("1.jpg", 1), ("2.jpg", 2)])})
+    io.savemat(
+        base / "devkit" / "cars_train_annos.mat",
+        {"annotations": annotations([("1.jpg", 2), ("2.jpg", 1), ("3.jpg", 1)])},
+    )
+    io.savemat(
+        base / "cars_test_annos_withlabels.mat", {"annotations": annotations([("1.jpg", 1), ("2.jpg", 2)])}
+    )
     for split, count in (("train", 3), ("test", 2)):
         for i in range(1, count + 1):
             picture(base / f"cars_{split}" / f"{i}.jpg", i)
@@ -411,7 +951,11 @@ def make_cars(root):
 
 def make_dtd(root):
     base = root / "dtd" / "dtd"
-    for split, lines in (("train", "banded/a.jpg\ndotted/a.jpg\n"), ("val", "banded/b.jpg\ndotted/b.jpg\n"), ("test", "dotted/c.jpg\nbanded/c.jpg\n")):
+    for split, lines in (
+        ("train", "banded/a.jpg\ndotted/a.jpg\n"),
+        ("val", "banded/b.jpg\ndotted/b.jpg\n"),
+        ("test", "dotted/c.jpg\nbanded/c.jpg\n"),
+    ):
         write(base / "labels" / f"{split}1.txt", lines)
         for line in lines.split():
             picture(base / "images" / line)
@@ -424,13 +968,19 @@ def make_flowers(root):
     for i in range(1, 7):
         picture(base / "jpg" / f"image_{i:05d}.jpg", i)
     io.savemat(base / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 102, 1]])})
-    io.savemat(base / "setid.mat", {"trnid": np.array([[1, 2]]), "valid": np.array([[3, 5]]), "tstid": np.array([[4, 6]])})
+    io.savemat(
+        base / "setid.mat",
+        {"trnid": np.array([[1, 2]]), "valid": np.array([[3, 5]]), "tstid": np.array([[4, 6]])},
+    )
     return [0, 1, 0, 101], [1, 0]
 
 
 def make_food(root):
     base = root / "food-101"
-    write(base / "meta" / "train.json", json.dumps({"apple_pie": ["apple_pie/1", "apple_pie/2"], "sushi": ["sushi/1"]}))
+    write(
+        base / "meta" / "train.json",
+        json.dumps({"apple_pie": ["apple_pie/1", "apple_pie/2"], "sushi": ["sushi/1"]}),
+    )
     write(base / "meta" / "test.json", json.dumps({"apple_pie": ["apple_pie/3"], "sushi": ["sushi/2"]}))
     for name in ("apple_pie/1", "apple_pie/2", "apple_pie/3", "sushi/1", "sushi/2"):
         picture(base / "images" / f"{name}.jpg")
@@ -449,7 +999,12 @@ def make_pets(root):
 def make_sun397(root):
     base = root / "SUN397"
     write(base / "ClassName.txt", "/a/abbey\n/a/apartment_building/outdoor\n")
-    for name in ("a/abbey/sun_a", "a/abbey/sun_b", "a/apartment_building/outdoor/sun_c", "a/apartment_building/outdoor/sun_d"):
+    for name in (
+        "a/abbey/sun_a",
+        "a/abbey/sun_b",
+        "a/apartment_building/outdoor/sun_c",
+        "a/apartment_building/outdoor/sun_d",
+    ):
         picture(base / f"{name}.jpg")
     write(base / "Training_01.txt", "/a/abbey/sun_a.jpg\n/a/apartment_building/outdoor/sun_c.jpg\n")
     write(base / "Testing_01.txt", "/a/apartment_building/outdoor/sun_d.jpg\n/a/abbey/sun_b.jpg\n")
@@ -458,10 +1013,17 @@ def make_sun397(root):
 
 def make_voc2007(root):
     base = root / "VOCdevkit" / "VOC2007"
-    shown = {"000001": [("dog", 0), ("person", 0)], "000002": [("cat", 0), ("dog", 1)], "000003": [("person", 0)]}
+    shown = {
+        "000001": [("dog", 0), ("person", 0)],
+        "000002": [("cat", 0), ("dog", 1)],
+        "000003": [("person", 0)],
+    }
     for name, objects in shown.items():
         picture(base / "JPEGImages" / f"{name}.jpg")
-        inside = "".join(f"<object><name>{thing}</name><difficult>{difficult}</difficult></object>" for thing, difficult in objects)
+        inside = "".join(
+            f"<object><name>{thing}</name><difficult>{difficult}</difficult></object>"
+            for thing, difficult in objects
+        )
         write(base / "Annotations" / f"{name}.xml", f"<annotation>{inside}</annotation>")
     write(base / "ImageSets" / "Main" / "trainval.txt", "000001\n000002\n")
     write(base / "ImageSets" / "Main" / "test.txt", "000003\n")
@@ -472,8 +1034,17 @@ def make_voc2007(root):
     return [labels("dog", "person"), labels("cat")], [labels("person")]  # a difficult dog does not count
 
 
-MAKERS = {"aircraft": make_aircraft, "caltech101": make_caltech101, "cars": make_cars, "dtd": make_dtd, "flowers": make_flowers, "food": make_food,
-          "pets": make_pets, "sun397": make_sun397, "voc2007": make_voc2007}
+MAKERS = {
+    "aircraft": make_aircraft,
+    "caltech101": make_caltech101,
+    "cars": make_cars,
+    "dtd": make_dtd,
+    "flowers": make_flowers,
+    "food": make_food,
+    "pets": make_pets,
+    "sun397": make_sun397,
+    "voc2007": make_voc2007,
+}
 
 
 def test_every_set_of_table_2_has_a_stand_in():
@@ -483,7 +1054,9 @@ def test_every_set_of_table_2_has_a_stand_in():
 @pytest.mark.parametrize("name", MAKERS)
 def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
     expected = MAKERS[name](tmp_path)
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)  # it wants the true files' checksums
+    monkeypatch.setattr(
+        torchvision.datasets.Flowers102, "_check_integrity", lambda self: True
+    )  # it wants the true files' checksums
     args = parse("--data", name, "--data-root", tmp_path)
     with pytest.raises(UserError, match="is it complete"):  # the real set's sizes are asserted
         finetune.open_labelled(name, args)
@@ -494,14 +1067,19 @@ def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
         assert [found.label(i) for i in range(len(found))] == labels
         image, label = found[0]
         assert image.shape == (3, 20, 24) and image.dtype == torch.uint8 and label == labels[0]
-    assert sets[2] == {"voc2007": "map11", **dict.fromkeys(("aircraft", "caltech101", "flowers", "pets"), "mean_per_class")}.get(name, "top1")
+    assert sets[2] == {
+        "voc2007": "map11",
+        **dict.fromkeys(("aircraft", "caltech101", "flowers", "pets"), "mean_per_class"),
+    }.get(name, "top1")
 
 
 def test_turned_photographs_of_transfer_sets_stand_upright(tmp_path, monkeypatch):
     make_pets(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (24, 20), "red").save(tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg", exif=exif)
+    Image.new("RGB", (24, 20), "red").save(
+        tmp_path / "oxford-iiit-pet" / "images" / "Abyssinian_1.jpg", exif=exif
+    )
     monkeypatch.setitem(finetune.SETS, "pets", finetune.SETS["pets"]._replace(sizes=(2, 2)))
     train_set, _, _ = finetune.open_labelled("pets", parse("--data-root", tmp_path))
     assert train_set[0][0].shape == (3, 24, 20) and train_set[1][0].shape == (3, 20, 24)
@@ -511,7 +1089,11 @@ def test_sets_that_are_not_there_say_what_to_do(tmp_path):
     for name in finetune.SETS:
         with pytest.raises(UserError, match="looked below") as raised:
             finetune.open_labelled(name, parse("--data-root", tmp_path))
-        assert "\n" not in str(raised.value) and (finetune.SETS[name].by_hand or "--download") in str(raised.value) or "scipy" in str(raised.value)
+        assert (
+            "\n" not in str(raised.value)
+            and (finetune.SETS[name].by_hand or "--download") in str(raised.value)
+            or "scipy" in str(raised.value)
+        )
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -536,27 +1118,44 @@ def test_testing_counts_every_sample_once(folder):
     try:
         for batch_size in (7, 64):
             args = parse("--batch-size", batch_size)
-            out = finetune.over_the_set(lambda images: images.float().mean(dim=(2, 3)), finetune.EachOnce(dataset, [20, 20]), args, device)
+            samples = finetune.EvalDataset(dataset, [20, 20])
+            out = finetune.predict_dataset(
+                lambda images: images.float().mean(dim=(2, 3)), samples, args, device
+            )
             expected = torch.stack([dataset[i][0].float().mean(dim=(1, 2)) for i in range(40)])
             assert_close(out, expected)
     finally:
         torch.distributed.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def fine_tuned_features_agree(run_folder, cls):
     """encoder.pt of a fine-tuning holds its encoder; the LayerNorm of mean features as its last one."""
     encoder, info = vit.load_encoder(run_folder / "encoder.pt")
     saved = vit.load_file(run_folder / "checkpoint.pt")["model"]
     name = "encoder.norm.bias" if cls else "fc_norm.bias"
-    return (info["feature"] == ("cls" if cls else "mean") and info["method"].endswith("-finetune") and torch.equal(encoder.norm.bias, saved[name])
-            and torch.equal(encoder.pos_embed, saved["encoder.pos_embed"]))
+    return (
+        info["feature"] == ("cls" if cls else "mean")
+        and info["method"].endswith("-finetune")
+        and torch.equal(encoder.norm.bias, saved[name])
+        and torch.equal(encoder.pos_embed, saved["encoder.pos_embed"])
+    )
 
 
-@pytest.mark.parametrize("flags", [("finetune",), ("linear",), ("linear", "--cache-features", "--feature", "mean"), ("attentive",), ("attentive", "--cache-features"),
-                                   ("finetune", "--mixup", 0, "--cutmix", 0, "--randaugment", 0, "--drop-path", 0, "--feature", "cls")], ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("finetune",),
+        ("linear",),
+        ("linear", "--cache-features", "--feature", "mean"),
+        ("attentive",),
+        ("attentive", "--cache-features"),
+        ("finetune", "--mixup", 0, "--cutmix", 0, "--randaugment", 0, "--drop-path", 0, "--feature", "cls"),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
 def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder, tmp_path, capsys):
     if flags[0] == "finetune" and len(flags) > 1:  # once with convolution stages
         encoder = tmp_path / "conv.pt"
@@ -565,29 +1164,61 @@ def test_every_protocol_runs_and_writes_what_was_promised(flags, encoder, folder
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"top1", "best_top1"} | ({"knn_top1"} if "--cache-features" in flags else set()) == results.keys()
     log = rows(tmp_path / "run")
-    assert [row["step"] for row in log] == [5, 10] and results["top1"] == pytest.approx(log[-1]["top1"]) and results["best_top1"] == max(row["top1"] for row in log)
+    assert (
+        [row["step"] for row in log] == [5, 10]
+        and results["top1"] == pytest.approx(log[-1]["top1"])
+        and results["best_top1"] == max(row["top1"] for row in log)
+    )
     table = list(csv.reader((tmp_path / "run" / "confusion.csv").open()))
-    assert table[0][1:] == ["class0", "class1"] and sum(int(value) for line in table[1:] for value in line[1:]) == 8
+    assert (
+        table[0][1:] == ["class0", "class1"]
+        and sum(int(value) for line in table[1:] for value in line[1:]) == 8
+    )
     assert sum(int(table[i + 1][i + 1]) for i in range(2)) / 8 == pytest.approx(results["top1"] / 100)
     pictures = os.listdir(tmp_path / "run" / "pictures")
     if flags[0] == "finetune":
         assert fine_tuned_features_agree(tmp_path / "run", "cls" in flags)
-    assert "confusion.png" in pictures and ("attention.png" in pictures) == (flags[0] == "attentive")
+    assert ("attention.png" in pictures) == (flags[0] == "attentive")
     capsys.readouterr()
-    run("--evaluate", tmp_path / "run", tmp_path / "run", "--predict", folder / "val", "--out", tmp_path / "out")
+    run(
+        "--evaluate",
+        tmp_path / "run",
+        tmp_path / "run",
+        "--predict",
+        folder / "val",
+        "--out",
+        tmp_path / "out",
+    )
     predicted = list(csv.reader((tmp_path / "out" / "predictions.csv").open()))
-    assert predicted[0] == ["file", "class", "probability"] and len(predicted) == 9 and all(0.5 <= float(line[2]) <= 1 for line in predicted[1:])
+    assert (
+        predicted[0] == ["file", "class", "probability"]
+        and len(predicted) == 9
+        and all(0.5 <= float(line[2]) <= 1 for line in predicted[1:])
+    )
     right = sum(line[1] in line[0] for line in predicted[1:])
     assert 100 * right / 8 == pytest.approx(results["best_top1"])  # best.pt, an ensemble with itself
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "out")  # on the set that it was trained for
     assert f"top1 {results['best_top1']:.2f}" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == pytest.approx(results["best_top1"])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == pytest.approx(
+        results["best_top1"]
+    )
     assert {"confusion.csv", "predictions.csv"} <= set(os.listdir(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("protocol", [("finetune",), ("attentive",), ("linear", "--cache-features")], ids=" ".join)
+@pytest.mark.parametrize(
+    "protocol", [("finetune",), ("attentive",), ("linear", "--cache-features")], ids=" ".join
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(protocol, encoder, folder, tmp_path, monkeypatch):
-    flags = ("--protocol", *protocol, "--encoder", encoder if protocol != ("linear", "--cache-features") else "none", "--data", folder, "--log-every", 2)
+    flags = (
+        "--protocol",
+        *protocol,
+        "--encoder",
+        encoder if protocol != ("linear", "--cache-features") else "none",
+        "--data",
+        folder,
+        "--log-every",
+        2,
+    )
     if "none" in flags:
         flags += ("--image-size", 16, "--patch-size", 4)  # a random encoder is the same one each time
     run(*flags, "--out", tmp_path / "whole")
@@ -596,21 +1227,51 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(protocol, encoder, folder, 
         run(*flags, "--out", tmp_path / "stopped", code=128 + signal.SIGTERM)
     assert not (tmp_path / "stopped" / "results.json").exists()
     run(*flags, "--out", tmp_path / "stopped", "--workers", 2)
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("whole", "stopped"))
+    a, b = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("whole", "stopped")
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert (tmp_path / "whole" / "results.json").read_text() == (tmp_path / "stopped" / "results.json").read_text()
+    assert (tmp_path / "whole" / "results.json").read_text() == (
+        tmp_path / "stopped" / "results.json"
+    ).read_text()
 
 
 def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch):
     make_voc2007(tmp_path)
     monkeypatch.setitem(finetune.SETS, "voc2007", finetune.SETS["voc2007"]._replace(sizes=(2, 1)))
-    run("--encoder", encoder, "--data", folder, "voc2007", "--data-root", tmp_path, "--out", tmp_path / "runs", "--batch-size", 2, "--epochs", 1)
+    run(
+        "--encoder",
+        encoder,
+        "--data",
+        folder,
+        "voc2007",
+        "--data-root",
+        tmp_path,
+        "--out",
+        tmp_path / "runs",
+        "--batch-size",
+        2,
+        "--epochs",
+        1,
+    )
     last = capsys.readouterr().out.strip().splitlines()[-3:]
     assert last[:2] == [f"| {folder} | voc2007 | Avg. |", "|---|---|---|"] and len(last[2].split("|")) == 5
-    assert sorted(os.listdir(tmp_path / "runs")) == sorted([f"mixedae-linear-{folder.name}", "mixedae-linear-voc2007"])
-    run("--evaluate", tmp_path / "runs" / "mixedae-linear-voc2007", "--predict", tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages", "--out", tmp_path)
+    assert sorted(os.listdir(tmp_path / "runs")) == sorted(
+        [f"mixedae-linear-{folder.name}", "mixedae-linear-voc2007"]
+    )
+    run(
+        "--evaluate",
+        tmp_path / "runs" / "mixedae-linear-voc2007",
+        "--predict",
+        tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages",
+        "--out",
+        tmp_path,
+    )
     predicted = [line[:2] for line in csv.reader((tmp_path / "predictions.csv").open())][1:]
-    assert len({name for name, _ in predicted}) == 3 and len(predicted) >= 3  # many classes an image, each likelier than not; the best in any case
+    assert (
+        len({name for name, _ in predicted}) == 3 and len(predicted) >= 3
+    )  # many classes an image, each likelier than not; the best in any case
 
 
 def test_probes_tell_apart_what_can_be_told_apart(encoder, tmp_path):
@@ -619,9 +1280,22 @@ def test_probes_tell_apart_what_can_be_told_apart(encoder, tmp_path):
             level = 60 if i % 2 else 190
             path = tmp_path / split / ("dark" if i % 2 else "light") / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(i).normal(level, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)).save(path)
+            Image.fromarray(
+                np.random.default_rng(i).normal(level, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+            ).save(path)
     for flags in (("linear", "--cache-features"), ("attentive", "--cache-features"), ("finetune",)):
-        run("--protocol", *flags, "--encoder", encoder, "--data", tmp_path, "--out", tmp_path / flags[0], "--epochs", 20)
+        run(
+            "--protocol",
+            *flags,
+            "--encoder",
+            encoder,
+            "--data",
+            tmp_path,
+            "--out",
+            tmp_path / flags[0],
+            "--epochs",
+            20,
+        )
         results = json.loads((tmp_path / flags[0] / "results.json").read_text())
         assert results["top1"] == 100 and results.get("knn_top1", 100) == 100, flags
 
@@ -640,15 +1314,30 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
     run("--evaluate", best, "--data", folder / "val", "--out", tmp_path / "out")  # test images alone
     capsys.readouterr()
     for flags, words in (
-        (("--data", tmp_path / "flat"), "has no labels"), (("--data", tmp_path / "one"), "one class only"), (("--data", tmp_path / "other"), "different classes"),
-        (("--data", folder / "train"), "no test images"), (("--batch-size", 1), "BatchNorm needs at least 2"), (("--encoder", "nothing.pt"), "no such file"),
-        (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"), (("--patch-size", 8), "has 4"), (("--protocol", "lineal"), "invalid choice"),
-        (("--drop-path", 0.1), "unrecognized"), (("--label-fraction", 0), "out of range"), (("--evaluate", tmp_path), "no such file"),
-        (("--evaluate", encoder), "not a best.pt"), (("--data", "nowhere"), "neither a set"), (("--protocol", "finetune", "--layer-decay", 2), "out of range"),
-        (("--predict", folder), "goes with --evaluate"), (("--image-size", 1, 2, 3), "one number or two"), (("--std", 1, 0, 1), "give both"),
+        (("--data", tmp_path / "flat"), "has no labels"),
+        (("--data", tmp_path / "one"), "one class only"),
+        (("--data", tmp_path / "other"), "different classes"),
+        (("--data", folder / "train"), "no test images"),
+        (("--data", "nowhere"), "neither a set"),
         (("--data", folder, tmp_path / "x" / folder.name), "would share a folder"),
-        (("--mean", .5, .5, .5), "give both"), (("--mean", 0, 0, 0, "--std", "nan", 1, 1), "above 0"), (("--encoder", tmp_path), "is a folder"),
+        (("--evaluate", best, "--data", folder, "cars"), "one set at a time"),
+        (("--evaluate", tmp_path), "no such file"),
+        (("--evaluate", encoder), "not a best.pt"),
+        (("--predict", folder), "goes with --evaluate"),
+        (("--encoder", "nothing.pt"), "no such file"),
+        (("--encoder", folder / "train" / "class0" / "00.png"), "not opened"),
+        (("--encoder", tmp_path), "is a directory"),
         (("--encoder", best), "not an encoder"),
+        (("--patch-size", 8), "has 4"),
+        (("--image-size", 1, 2, 3), "one number or two"),
+        (("--batch-size", 1), "BatchNorm needs at least 2"),
+        (("--protocol", "lineal"), "invalid choice"),
+        (("--drop-path", 0.1), "unrecognized"),
+        (("--label-fraction", 0), "must be a number from"),
+        (("--protocol", "finetune", "--layer-decay", 2), "must be a number from 1e-06 to 1"),
+        (("--mean", 0.5, 0.5, 0.5), "give both"),
+        (("--std", 1, 0, 1), "must be a number from 0.001"),
+        (("--mean", 0, 0, 0, "--std", "nan", 1, 1), "must be a number from 0.001"),
     ):
         run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)

@@ -1,11 +1,15 @@
 """MixedAE: each equation against a slow second version, and the facts of the paper."""
+
 import itertools
 import math
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import mixedae
@@ -18,6 +22,13 @@ def sources_of(G=3, n=4, L=16):
     return mixedae.draw_sources(G, n, L, "cpu")
 
 
+def images_of(B=8):
+    return torch.randn(B, 3, 16, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Equations
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n, L", [(2, 16), (3, 12), (4, 16), (8, 16)])
 def test_eq_2_each_image_gives_exactly_its_share_and_places_are_random(n, L):
     sources = sources_of(200, n, L)
@@ -28,27 +39,28 @@ def test_eq_2_each_image_gives_exactly_its_share_and_places_are_random(n, L):
 def test_eq_1_mixing_patch_by_patch():
     x, sources = torch.randn(3, 4, 16, 6), sources_of()
     mixed = mixedae.mix(x, sources)
-    for g in range(3):
-        for l in range(16):
-            assert torch.equal(mixed[g, l], x[g, sources[g, l], l])
+    for g, l in itertools.product(range(3), range(16)):
+        assert torch.equal(mixed[g, l], x[g, sources[g, l], l])
 
 
 def test_eq_3_unmixing_and_the_parts_tile_the_mixed_sequence():
     z, sources, mask_token = torch.randn(3, 17, 6), sources_of(), torch.randn(1, 1, 6)
     parts = mixedae.unmix(z, sources, 4, mask_token).view(3, 4, 17, 6)
-    for g in range(3):
-        for i in range(4):
-            assert torch.equal(parts[g, i, 0], z[g, 0])  # CLS, copied to each
-            for l in range(16):
-                assert torch.equal(parts[g, i, 1 + l], z[g, 1 + l] if sources[g, l] == i else mask_token[0, 0])
-    assert torch.equal(sum(part * (sources == i).unsqueeze(-1) for i, part in enumerate(parts[:, :, 1:].unbind(1))), z[:, 1:])
+    for g, i in itertools.product(range(3), range(4)):
+        assert torch.equal(parts[g, i, 0], z[g, 0])  # CLS, copied to each
+        for l in range(16):
+            expected = z[g, 1 + l] if sources[g, l] == i else mask_token[0, 0]
+            assert torch.equal(parts[g, i, 1 + l], expected)
+    tiles = [part * (sources == i).unsqueeze(-1) for i, part in enumerate(parts[:, :, 1:].unbind(1))]
+    assert torch.equal(sum(tiles), z[:, 1:])
 
 
 def test_eq_4_over_the_patches_that_others_cover():
     pred, target, sources = torch.randn(12, 16, 6, requires_grad=True), torch.randn(12, 16, 6), sources_of()
     loss = mixedae.reconstruction_loss(pred, target, sources)
-    errors = [((pred[4 * g + i, l] - target[4 * g + i, l]) ** 2).mean() for g in range(3) for i in range(4) for l in range(16) if sources[g, l] != i]
-    assert_close(loss, torch.stack(errors).mean())
+    places = itertools.product(range(3), range(4), range(16))
+    hidden = [(4 * g + i, l) for g, i, l in places if sources[g, l] != i]
+    assert_close(loss, torch.stack([((pred[b, l] - target[b, l]) ** 2).mean() for b, l in hidden]).mean())
     loss.backward()
     own = mixedae.indicator(sources, 4).view(12, 16)
     assert (pred.grad[own] == 0).all() and (pred.grad[~own] != 0).all()  # no gradient at visible patches
@@ -57,39 +69,40 @@ def test_eq_4_over_the_patches_that_others_cover():
 def test_eq_7_with_loops_and_its_floor():
     z, sources, tau, L = torch.randn(2, 8, 5), sources_of(2, 2, 8), 0.25, 8
     total = 0.0
-    for j in range(2):
-        cos = torch.nn.functional.cosine_similarity(z[j][:, None], z[j][None], dim=-1)
-        for l in range(L):
-            denominator = sum(math.exp(cos[l, k] / tau) for k in range(L) if k != l)
-            positives = [k for k in range(L) if k != l and sources[j, k] == sources[j, l]]
-            total += -sum(math.log(math.exp(cos[l, k] / tau) / denominator) for k in positives) / len(positives) / L / 2
+    for j, l in itertools.product(range(2), range(L)):
+        cos = F.cosine_similarity(z[j, l][None], z[j], dim=-1)
+        others = [k for k in range(L) if k != l]
+        denominator = sum(math.exp(cos[k] / tau) for k in others)
+        positives = [k for k in others if sources[j, k] == sources[j, l]]
+        shares = [math.exp(cos[k] / tau) / denominator for k in positives]
+        total -= sum(map(math.log, shares)) / len(positives) / L / 2
     assert_close(mixedae.homologous_contrastive_loss(z, sources, tau), torch.tensor(total))
 
-    perfect = torch.nn.functional.one_hot(sources, 2).float() * 2 - 1  # all patches of an image at one point, images opposite
+    perfect = F.one_hot(sources, 2).float() * 2 - 1  # all patches of an image at one point, images opposite
     floor = math.log(8 // 2 - 1)
     assert floor < mixedae.homologous_contrastive_loss(perfect, sources, tau) < floor + 0.01
-    model = build("mixedae")
-    assert_close(model(torch.randn(8, 3, 16, 16))[1]["homocon_floor"], torch.tensor(math.log(16 // 4 - 1)))
+    assert_close(build("mixedae")(images_of())[1]["homocon_floor"], torch.tensor(math.log(16 // 4 - 1)))
 
 
 def test_eq_7_with_the_mean_positive_of_table_3c():
     z, sources, tau = torch.randn(2, 8, 5), sources_of(2, 2, 8), 0.25
     total = 0.0
-    for j in range(2):
-        for l in range(8):
-            mean = torch.stack([z[j, k] for k in range(8) if sources[j, k] == sources[j, l]]).mean(0)  # l itself among them
-            cos = [torch.nn.functional.cosine_similarity(z[j, l], other, dim=0) for other in (mean, *(z[j, k] for k in range(8) if k != l))]
-            total += (-cos[0] / tau + torch.stack(cos[1:]).div(tau).logsumexp(0)) / 8 / 2
+    for j, l in itertools.product(range(2), range(8)):
+        mean = z[j, sources[j] == sources[j, l]].mean(0)  # l itself among them
+        others = z[j, [k for k in range(8) if k != l]]
+        score = F.cosine_similarity(z[j, l], mean, dim=0) / tau
+        total += ((F.cosine_similarity(z[j, l][None], others) / tau).logsumexp(0) - score) / 8 / 2
     assert_close(mixedae.homologous_contrastive_loss(z, sources, tau, "mean"), total)
+    assert "homocon_floor" not in build("mixedae", "--homocon-positives", "mean")(images_of())[1]
 
 
 def test_eq_7_before_or_after_the_final_norm():
     """Table 3b. What Eq. 7 sees is the last block's output, with or without encoder.norm."""
-    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    images, sources = images_of(), sources_of(2)
     for position in ("pre-ln", "post-ln"):
         model, seen = randomize(build("mixedae", "--homocon-position", position)), {}
-        model.encoder.blocks[-1].register_forward_hook(lambda module, inputs, output: seen.update(last=output))
-        model.projector.register_forward_hook(lambda module, inputs, output: seen.update(features=inputs[0]))
+        model.encoder.blocks[-1].register_forward_hook(lambda *call: seen.update(last=call[-1]))
+        model.projector.register_forward_hook(lambda module, inputs, _: seen.update(features=inputs[0]))
         model(images, sources)
         expected = seen["last"] if position == "pre-ln" else model.encoder.norm(seen["last"])
         assert_close(seen["features"], expected[:, 1:])
@@ -99,38 +112,44 @@ def mutual_information(joint):
     """I(A; B) in bits of a joint distribution {(a, b): probability}."""
     a, b = {}, {}
     for (x, y), p in joint.items():
-        a[x], b[y] = a.get(x, 0) + p, b.get(y, 0) + p
+        a[x] = a.get(x, 0) + p
+        b[y] = b.get(y, 0) + p
     return sum(p * math.log2(p / a[x] / b[y]) for (x, y), p in joint.items() if p)
 
 
 def eq_5(dependence, known):
-    """Both sides of Eq. 5, exactly: images of two patches, each patch 1 or 2; X_2 copies X_1 with probability `dependence`; r = .5.
+    """Both sides of Eq. 5, exactly: images of two patches, each patch 1 or 2; X_2 copies X_1 with probability
+    `dependence`; r = .5.
 
-    known: given M, I(mix; X_1 | M) against I(MAE; X_1 | M); else M is hidden from the mix, while MAE's zeros still show it.
+    known: given M, I(mix; X_1 | M) against I(MAE; X_1 | M); else M is hidden from the mix, while MAE's zeros
+    still show it.
     """
-    images, masks, mixing, masking = list(itertools.product((1, 2), repeat=2)), [(1, 2), (2, 1)], {}, {}
+    images, masks = list(itertools.product((1, 2), repeat=2)), [(1, 2), (2, 1)]
+    mixing, masking = {}, {}
     for x1, x2, M in itertools.product(images, images, masks):
         p = (dependence * (x1 == x2) + (1 - dependence) / 4) / 4 / len(masks)
-        seen = tuple(x1[l] if M[l] == 1 else x2[l] for l in range(2)), tuple(x1[l] if M[l] == 1 else 0 for l in range(2))
-        for joint, what in zip((mixing, masking), seen):
+        mixed = tuple(x1[l] if M[l] == 1 else x2[l] for l in range(2))
+        masked = tuple(x1[l] if M[l] == 1 else 0 for l in range(2))
+        for joint, what in ((mixing, mixed), (masking, masked)):
             key = ((what, M) if known else what, x1)
             joint[key] = joint.get(key, 0) + p
     return mutual_information(mixing), mutual_information(masking)
 
 
 def test_eq_5_mixing_raises_the_mutual_information_if_images_share_something():
-    """Eq. 5: I(mix(X_1, X_2, M); X_1) >= I(MAE(X_1, M); X_1). M is independent of X_1, so I(. , M; X_1) = I(. ; X_1 | M)."""
+    """Eq. 5: I(mix(X_1, X_2, M); X_1) >= I(MAE(X_1, M); X_1). M is independent of X_1, so that
+    I(. , M; X_1) = I(. ; X_1 | M)."""
     mixing, masking = eq_5(dependence=0, known=True)
-    assert mixing == pytest.approx(1) and masking == pytest.approx(1)  # one of two bits: equality for independent images
+    assert mixing == pytest.approx(1) and masking == pytest.approx(1)  # equality: one of two bits
     mixing, masking = eq_5(dependence=0.5, known=True)
-    assert mixing > masking + 0.1 and masking == pytest.approx(1)  # strict for dependent ones
+    assert mixing > masking + 0.1 and masking == pytest.approx(1)  # strict for dependent images
     mixing, masking = eq_5(dependence=0, known=False)
     assert mixing < masking - 0.1  # no theorem when M is hidden: the mix does not say whose patch is whose
 
 
 def test_eq_8_adds_the_losses_with_lambda():
     model = randomize(build("mixedae", "--homocon-weight", 0.3, "--recon-weight", 0.7))
-    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    images, sources = images_of(), sources_of(2)
     loss, metrics = model(images, sources)
     out = model.predict(images, sources)
     recon = mixedae.reconstruction_loss(out["pred"], out["target"], sources)
@@ -140,15 +159,20 @@ def test_eq_8_adds_the_losses_with_lambda():
     assert_close(metrics["homocon"], homocon.detach())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The figure
+# ------------------------------------------------------------------------------------------------------------
 def test_predict_is_the_papers_figure():
     model = randomize(build("mixedae"))
-    images, sources, seen = torch.randn(8, 3, 16, 16), sources_of(2), {}
-    model.decoder.register_forward_hook(lambda module, inputs, output: seen.update(unmixed=inputs[0]))
+    images, sources, seen = images_of(), sources_of(2), {}
+    model.decoder.register_forward_hook(lambda module, inputs, _: seen.update(unmixed=inputs[0]))
     out = model.predict(images, sources)
     patches = vit.patchify(images, 4)
-    assert torch.equal(out["mixed"], mixedae.mix(patches.view(2, 4, 16, 48), sources))  # groups are consecutive images
+    groups = patches.view(2, 4, 16, 48)  # consecutive images
+    assert torch.equal(out["mixed"], mixedae.mix(groups, sources)) and torch.equal(out["sources"], sources)
     tokens = model.encoder.embed(vit.unpatchify(out["mixed"], (4, 4), 4)) + model.segments[sources]
     assert_close(out["z"], model.encoder.encode(tokens))
+    assert_close(out["z"], model.encoder.norm(out["z_pre_ln"]))
     embedded = model.decoder.embed(out["z"])
     assert torch.equal(out["unmixed"], seen["unmixed"]) and out["unmixed"].shape == (8, 17, 16)
     for b in range(8):  # before positions: the embedded z where M = i, [MASK] elsewhere
@@ -163,18 +187,19 @@ def test_predict_is_the_papers_figure():
 def test_full_mode_is_compose_mode_on_each_group_once_for_each_of_its_masks():
     full, compose = build("mixedae", "--mixing-mode", "full"), build("mixedae")
     full.load_state_dict(randomize(compose).state_dict())
-    images, sources = torch.randn(8, 3, 16, 16), sources_of(8).view(2, 4, 16)  # 2 groups, 4 masks each
+    images, sources = images_of(), sources_of(8).view(2, 4, 16)  # 2 groups, 4 masks each
     out = full.predict(images, sources)
-    assert out["mixed"].shape == (8, 16, 48) and out["z"].shape == (8, 17, 32) and torch.equal(out["sources"], sources)
-    for name in ("unmixed", "pred", "target"):
-        assert len(out[name]) == 32  # n B
+    assert out["mixed"].shape == (8, 16, 48) and out["z"].shape == (8, 17, 32)
+    assert torch.equal(out["sources"], sources)
+    decoded = ("unmixed", "pred", "target")
+    assert all(len(out[name]) == 32 for name in decoded)  # n B
     losses = []
     for m in range(4):
         one = compose.predict(images, sources[:, m])
         for g in range(2):
-            assert_close(out["mixed"].view(2, 4, 16, 48)[g, m], one["mixed"][g])
-            assert_close(out["z"].view(2, 4, 17, 32)[g, m], one["z"][g])
-            for name in ("unmixed", "pred", "target"):  # rows: group, mask, source
+            for name in ("mixed", "z", "z_pre_ln"):
+                assert_close(out[name].unflatten(0, (2, 4))[g, m], one[name][g])
+            for name in decoded:  # rows: group, mask, source
                 assert_close(out[name].unflatten(0, (2, 4, 4))[g, m], one[name].unflatten(0, (2, 4))[g])
         losses.append(compose(images, sources[:, m])[0])
     assert_close(full(images, sources)[0], torch.stack(losses).mean())
@@ -183,23 +208,31 @@ def test_full_mode_is_compose_mode_on_each_group_once_for_each_of_its_masks():
     assert not torch.equal(drawn[:, 0], drawn[:, 1])  # independent masks
 
 
-def test_k_is_the_asked_share_of_l():
-    for topk, image_size, k in ((0.25, 224, 49), (0.125, 224, 24), (0.5, 224, 98), (0.29, 160, 29), (0.33334, 96, 12)):  # .29 x 100 is 28.999... in floats
-        model = build("mixedae", "--topk", topk, "--image-size", image_size, "--patch-size", 16)
-        assert model.encoder.blocks[1].attn.topk == k
+@pytest.mark.parametrize(
+    "topk, image_size, k",
+    [(0.25, 224, 49), (0.125, 224, 24), (0.5, 224, 98), (0.29, 160, 29), (0.33334, 96, 12)],
+)
+def test_k_is_the_asked_share_of_l(topk, image_size, k):
+    """.29 x 100 is 28.999... in floats."""
+    model = build("mixedae", "--topk", topk, "--image-size", image_size, "--patch-size", 16)
+    assert model.encoder.blocks[1].attn.topk == k
 
 
 def test_homologous_attention_in_all_but_the_first_layers_of_the_encoder_alone():
-    model = build("mixedae", "--depth", 4, "--global-layers", 2, "--topk", 0.5)
-    assert [block.attn.topk for block in model.encoder.blocks] == [None, None, 8, 8]
-    assert all(block.attn.topk is None for block in model.decoder.blocks)
-    assert all(block.attn.topk is None for block in build("mixedae", "--topk", 1.0).encoder.blocks)
+    def layers(*flags):
+        model = build("mixedae", "--depth", 4, *flags)
+        assert all(block.attn.topk is None for block in model.decoder.blocks)
+        return [block.attn.topk for block in model.encoder.blocks]
+
+    assert layers("--global-layers", 2, "--topk", 0.5) == [None, None, 8, 8]
+    assert layers("--global-layers", 4) == layers("--topk", 1.0) == [None] * 4
+    assert layers("--global-layers", 0) == [4] * 4
 
 
 def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
     """Attention masked by M itself is n separate encodings (CLS apart), with a sampling accuracy of 1."""
     model = randomize(build("mixedae", "--global-layers", 0, "--no-segment-embedding"))
-    images, sources = torch.randn(8, 3, 16, 16), sources_of(2)
+    images, sources = images_of(), sources_of(2)
     same = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
     same[:, 0, 1:, 1:] = sources.unsqueeze(1) == sources.unsqueeze(2)
     same[:, :, 0] = True
@@ -221,10 +254,28 @@ def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
         assert_close(z[b // 4, 1:][own], model.encoder.norm(x)[0], atol=1e-5, rtol=1e-4)
 
 
+def test_the_plain_reading_of_eq_6_leaves_cls_no_privilege():
+    model = randomize(build("mixedae", "--cls-in-topk", "--global-layers", 0))
+    for block in model.encoder.blocks:
+        block.attn.record = True
+    model.predict(images_of())
+    for block in model.encoder.blocks:
+        kept, _ = block.attn.recorded
+        assert (kept.sum(-1) == 4).all() and not kept[..., 0].all()
+    only_cls = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
+    only_cls[..., 0] = True
+    sources = torch.tensor([[0, 0, 1, 1]])
+    assert mixedae.sampling_accuracy(torch.zeros(1, 1, 5, 5), only_cls, sources, 1) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures, numbers, files
+# ------------------------------------------------------------------------------------------------------------
 def test_sampling_accuracy_counts_the_keys_of_the_own_image():
     sources = torch.tensor([[0, 0, 1, 1]])
     attention = torch.zeros(1, 1, 5, 5)
-    attention[0, 0, 1:, 1:] = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.1, 0.2]])
+    rows = [[0.4, 0.3, 0.2, 0.1], [0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.1, 0.2]]
+    attention[0, 0, 1:, 1:] = torch.tensor(rows)
     # the two largest: query 0: keys 0 1 (2 right), 1: 0 2 (1), 2: 3 2 (2), 3: 1 0 (0)
     assert mixedae.sampling_accuracy(attention, None, sources, 2) == 5 / 8
     kept = torch.ones(1, 1, 5, 5, dtype=torch.bool)
@@ -233,58 +284,104 @@ def test_sampling_accuracy_counts_the_keys_of_the_own_image():
     assert abs(chance - 0.25) < 0.02  # r
 
 
-def test_the_plain_reading_of_eq_6_leaves_cls_no_privilege():
-    model = randomize(build("mixedae", "--cls-in-topk", "--global-layers", 0))
-    for block in model.encoder.blocks:
-        block.attn.record = True
-    model.predict(torch.randn(8, 3, 16, 16))
-    for block in model.encoder.blocks:
-        kept, _ = block.attn.recorded
-        assert (kept.sum(-1) == 4).all() and not kept[..., 0].all()
-    only_cls = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
-    only_cls[..., 0] = True
-    assert mixedae.sampling_accuracy(torch.zeros(1, 1, 5, 5), only_cls, torch.tensor([[0, 0, 1, 1]]), 1) == 0
+@pytest.mark.parametrize("flags", ["", "--topk 1", "--cls-in-topk", "--mixing-mode full", "--recon-weight 0"])
+@torch.no_grad()
+def test_pictures_and_the_accuracy_of_each_layer_with_and_without_topk(flags):
+    model, images = randomize(build("mixedae", *flags.split())).eval(), images_of(10)
+    torch.manual_seed(1)
+    numbers = model.numbers(images)
+    layers = [block.attn for block in model.encoder.blocks]
+    assert not any(layer.record or layer.recorded for layer in layers)  # global again, and nothing is kept
+    for layer in layers:
+        layer.record = True
+    torch.manual_seed(1)
+    sources = model.predict(images[:8])["sources"].flatten(0, -2)  # two images behind the last whole group
+    expected = [mixedae.sampling_accuracy(*layer.recorded[::-1], sources, 4).item() for layer in layers]
+    assert numbers == {"accuracy": expected[-1], "accuracy_layers": expected}
+    assert len(expected) == 2 and 0 < numbers["accuracy"] < 1
+
+    pictures = model.visualize(images)
+    titles = ["image", "mixed", "who gave\neach patch", "reconstruction\n(true mean, std)"]
+    assert list(pictures) == titles[: 4 if model.recon_weight else 3]
+    for picture in pictures.values():
+        assert picture.shape == (8, 3, 16, 16) and picture.min() >= 0 and picture.max() <= 1
+    for method in (model.visualize, model.numbers):
+        with pytest.raises(UserError, match="3 images cannot be split into groups of n = 4"):
+            method(images[:3])
 
 
-def test_the_log_gets_the_accuracy_of_each_layer_with_and_without_topk():
-    for flags in ((), ("--topk", 1.0), ("--cls-in-topk",), ("--mixing-mode", "full")):
-        pictures, numbers = randomize(build("mixedae", *flags)).visualize(torch.randn(8, 3, 16, 16))
-        assert len(numbers["accuracy_layers"]) == 2 and numbers["accuracy"] == numbers["accuracy_layers"][-1]
-        assert 0 < numbers["accuracy"] < 1
-        assert pictures.shape == (8, 4, 3, 16, 16) and pictures.min() >= 0 and pictures.max() <= 1
+@pytest.mark.parametrize("mode", ["compose", "full"])
+@torch.no_grad()
+def test_pictures_show_the_mixed_image_and_each_images_own_patches(mode):
+    model = build("mixedae", "--mixing-mode", mode, "--mean", *[0.5] * 3, "--std", *[0.2] * 3)
+    images = torch.rand(8, 3, 16, 16)
+    torch.manual_seed(1)
+    pictures = [vit.patchify(picture, 4) for picture in model.visualize((images - 0.5) / 0.2).values()]
+    torch.manual_seed(1)
+    out = model.predict((images - 0.5) / 0.2)
+    sources = out["sources"].view(2, -1, 16)[:, 0]  # the first mask of each group
+    pred = out["pred"].view(2, -1, 4, 16, 48)[:, 0].flatten(0, 1)
+    clean, mixed, who, rebuilt = pictures
+    assert_close(clean, vit.patchify(images, 4))
+    for b in range(8):
+        own = sources[b // 4] == b % 4
+        for shown in (mixed, rebuilt):
+            assert torch.equal((clean[b] - shown[b]).abs().amax(-1) < 1e-6, own)
+        mean, std = clean[b].mean(-1, keepdim=True), (clean[b].var(-1, keepdim=True) + 1e-6 * 0.04).sqrt()
+        assert_close(rebuilt[b][~own], (pred[b] * std + mean).clamp(0, 1)[~own])
+        colours = (2 * who[b] - mixed[b]).view(16, 16, 3)  # a colour for each image of the group
+        expected = torch.tensor(mixedae.COLOURS)[sources[b // 4]]
+        assert_close(colours, expected.unsqueeze(1).expand(-1, 16, -1), atol=1e-5, rtol=0)
 
 
-def test_pictures_show_the_mixed_image_and_each_images_own_patches():
-    for mode, b in itertools.product(("compose", "full"), range(8)):
-        model, images = build("mixedae", "--mixing-mode", mode), torch.randn(8, 3, 16, 16) * 0.5
-        pictures = model.visualize(images)[0]
-        clean, mixed, rebuilt = (vit.patchify(pictures[b : b + 1, panel], 4) for panel in (0, 1, 3))
-        in_mixed = (clean - mixed).abs().amax(-1) < 1e-6
-        assert in_mixed.sum() == 4 and ((clean - rebuilt).abs().amax(-1)[in_mixed] < 1e-6).all()
+def test_raw_targets_give_raw_pictures():
+    model, images = build("mixedae", "--no-norm-pix"), images_of()
+    assert torch.equal(model.predict(images)["target"], vit.patchify(images, 4))
+    assert list(model.visualize(images))[-1] == "reconstruction"
 
 
 def test_export_is_a_plain_encoder_with_segment_0_folded_into_the_patch_bias(tmp_path):
-    model, images = randomize(build("mixedae")), torch.randn(2, 3, 16, 16)
-    torch.save(model.export(), tmp_path / "encoder.pt")
-    encoder, info = vit.load_encoder(tmp_path / "encoder.pt")
-    assert info["method"] == "mixedae" and info["feature"] == "mean" and len(model.segments) == 4
-    assert set(encoder.state_dict()) == set(model.encoder.state_dict())
-    for block in model.encoder.blocks:
-        block.attn.topk = None
-    for how, segment in (("first", model.segments[0]), ("mean", sum(model.segments) / 4), ("none", 0)):
-        model.segment_export = how
-        encoder, _ = vit.unpack_encoder(model.export())
+    images = images_of(2)
+    for flags in ((), ("--no-segment-embedding",)):
+        model = randomize(build("mixedae", *flags, "--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6))
+        torch.save(model.export(), tmp_path / "encoder.pt")
+        encoder, info = vit.load_encoder(tmp_path / "encoder.pt")
+        assert info["method"] == "mixedae" and info["feature"] == "mean"
+        assert (info["mean"], info["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+        assert set(encoder.state_dict()) == set(model.encoder.state_dict())
+        for block in model.encoder.blocks:
+            block.attn.topk = None
+        segment = 0 if flags else model.segments[0]
         expected = model.encoder.encode(model.encoder.embed(images) + segment)
         assert_close(encoder.features(images)["patches"], expected[:, 1:], atol=1e-5, rtol=1e-5)
+        assert flags or len(model.segments) == 4
 
 
+def test_the_file_alone_prints_the_shapes_of_the_figure(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mixedae.py", "--mixing-mode", "full", "--batch-size", "4"])
+    runpy.run_path(str(ROOT / "mixedae.py"), run_name="__main__")
+    shapes = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(shapes) == ["mixed", "sources", "z", "z_pre_ln", "unmixed", "pred", "target"]
+    assert shapes["sources"] == "(1, 4, 64)" and shapes["pred"] == "(16, 64, 192)"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training, and flags that do not fit
+# ------------------------------------------------------------------------------------------------------------
 def ablations():
-    """The rows of Table 3 and of the poster, as the README gives their flags, and modes that no table varies."""
-    rows = re.findall(r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|defaults) \|", (ROOT / "README.md").read_text(), re.M)
+    """The rows of Table 3 and of the poster, as the README or docs/ gives their flags, and modes that no
+    table varies."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
+    row = r"^\| (3[a-f]|poster b) \| (.+?) \| (?:`(.+?)`|defaults) \|"
+    rows = re.findall(row, "\n".join(texts), re.M)
     assert {table for table, _, _ in rows} == {"3a", "3b", "3c", "3d", "3e", "3f", "poster b"}
     assert len(rows) == 19
-    rows += [("", "full", "--mixing-mode full"), ("", "plain reading", "--cls-in-topk"), ("", "raw pixels", "--no-norm-pix"),
-             ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln")]
+    rows += [
+        ("", "full", "--mixing-mode full"),
+        ("", "plain reading", "--cls-in-topk"),
+        ("", "raw pixels", "--no-norm-pix"),
+        ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln"),
+    ]
     # at the paper's depth Table 3e goes to three global layers
     return {f"{table} {row}": ["--depth", "4", *shlex.split(flags)] for table, row, flags in rows}
 
@@ -294,7 +391,7 @@ ROWS = ablations()
 
 @pytest.mark.parametrize("flags", ROWS.values(), ids=ROWS)
 def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
-    model, images = build("mixedae", *flags), torch.randn(8, 3, 16, 16)
+    model, images = build("mixedae", *flags), images_of()
     sources = model.predict(images)["sources"]
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for step in range(60):
@@ -303,21 +400,47 @@ def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            assert [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+            trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+            assert [name for name, grad in trained.items() if grad is None or not grad.any()] == []
         optimizer.step()
-    bound = 0 if model.recon_weight else model.homocon_weight * math.log(16 // model.n - 1)  # Eq. 7 has a floor
+    floor = model.homocon_weight * math.log(16 // model.n - 1)  # of Eq. 7
+    bound = 0 if model.recon_weight else floor
     assert losses[-1] - bound < 0.8 * (losses[0] - bound)
 
 
-def test_bad_groups_and_ratios_are_named():
-    for flags, words in (
-        (("--mixing-ratio", 0.3), "1/n"), (("--mixing-ratio", 1), "1/n"), (("--mixing-ratio", 0), "1/n"), (("--mixing-ratio", -0.25), "1/n"), (("--mixing-ratio", 1 / 65, "--batch-size", 65), "2 to 64"),
-        (("--batch-size", 6), "multiple of n = 4"), (("--mixing-ratio", 1 / 3, "--batch-size", 9), "16 patches"),
-        (("--mixing-ratio", 1 / 16, "--batch-size", 16), "at least 2 each"), (("--topk", 0.01), "at least 1 key"), (("--topk", 1.2), "at most all"),
-        (("--global-layers", 3), "has 2 layers"), (("--recon-weight", 0, "--homocon-weight", 0), "one of them above 0"), (("--recon-weight", -1), "at least 0"),
-        (("--homocon-weight", "nan"), "at least 0"), (("--image-size", 18), "multiple of the patch"), (("--heads", 3), "heads"), (("--width", 30), "multiple of"),
-    ):
-        with pytest.raises(UserError, match=words):
-            build("mixedae", *flags)
-    with pytest.raises(UserError, match="groups of n = 4"):
-        build("mixedae")(torch.randn(6, 3, 16, 16))
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--mixing-ratio .3", "0.3 is not 1/n"),
+        ("--mixing-ratio 1", "1.0 is not 1/n"),
+        ("--mixing-ratio 3", "3.0 is not 1/n"),
+        ("--mixing-ratio 0", "mixing-ratio: 0: must be a number"),
+        ("--mixing-ratio=-.25", "mixing-ratio: -.25: must be a number"),
+        ("--mixing-ratio nan", "mixing-ratio: nan: must be a number"),
+        ("--mixing-ratio .0153846 --batch-size 65", "2 to 64"),  # 1 / 65
+        ("--batch-size 6", "multiple of n = 4"),
+        ("--mixing-ratio .333 --batch-size 9", "16 patches"),
+        ("--mixing-ratio .0625 --batch-size 16", "at least 2 each"),
+        ("--topk .01", "at least 1 key"),
+        ("--topk 1.2", "topk: 1.2: must be a number from 0 to 1"),
+        ("--topk nan", "topk: nan: must be a number from 0 to 1"),
+        ("--global-layers 3", "has 2 layers"),
+        ("--global-layers=-1", "must be a whole number"),
+        ("--recon-weight 0 --homocon-weight 0", "one of them must be above 0"),
+        ("--recon-weight=-1", "recon-weight: -1: must be a number from 0"),
+        ("--homocon-weight nan", "homocon-weight: nan: must be a number from 0"),
+        ("--homocon-weight inf", "homocon-weight: inf: must be a number from 0"),
+        ("--temperature 0", "temperature: 0: must be a number"),
+        ("--image-size 18", "multiple of the patch"),
+        ("--heads 3", "heads"),
+        ("--width 30", "multiple of"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(flags, words):
+    with pytest.raises(UserError, match=words):
+        build("mixedae", *flags.split())
+
+
+def test_images_that_make_no_groups_are_named():
+    with pytest.raises(UserError, match="6 images cannot be split into groups of n = 4"):
+        build("mixedae")(images_of(6))

@@ -2,11 +2,14 @@
 
 KILLS=20 pytest tests/test_processes.py -k killed    kills each kind of run twenty times
 """
+
 import contextlib
 import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import torch
 from PIL import Image
 
 import data
+import dense
 import finetune
 import vit
 from conftest import ROOT, TINY, run
@@ -33,16 +37,28 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def command(processes, *flags):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
     return [*launch, str(ROOT / "train.py"), *TINY, *map(str, flags)]
 
 
 def start(*words):
-    return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        words,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def kill_all(pid):
-    """SIGKILL to a process and all below it: torchrun puts its workers into sessions of their own, out of reach of its group."""
+    """SIGKILL to a process and all below it: torchrun puts its workers into sessions of their own, out of
+    reach of its group."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     below = children.read_text().split() if children.exists() else []
     with contextlib.suppress(ProcessLookupError):
@@ -58,15 +74,34 @@ def to_the_end(*words, code=0):
     return output
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 2)] if KILLS == 1 else [(p, w) for p in (1, 2, 3) for w in (0, 2)])
+@pytest.mark.parametrize(
+    "processes, workers", [(1, 0), (2, 2)] if KILLS == 1 else [(p, w) for p in (1, 2, 3) for w in (0, 2)]
+)
 def test_killed_at_random_moments_equals_never_killed(processes, workers, folder, tmp_path):
     batch = {1: 8, 2: 4, 3: 4}[processes]
     per_epoch = 40 // (batch * processes)
     epochs = 100 * (KILLS + 1) // per_epoch
 
     def words(name, workers):
-        return command(processes, "--method", "mixedae", "--data", folder / "train", "--out", tmp_path / name, "--batch-size", batch,
-                       "--epochs", epochs, "--log-every", 5, "--save-every", 3, "--workers", workers)
+        return command(
+            processes,
+            "--method",
+            "mixedae",
+            "--data",
+            folder / "train",
+            "--out",
+            tmp_path / name,
+            "--batch-size",
+            batch,
+            "--epochs",
+            epochs,
+            "--log-every",
+            5,
+            "--save-every",
+            3,
+            "--workers",
+            workers,
+        )
 
     def logged():
         path = tmp_path / "killed" / "log.jsonl"
@@ -85,7 +120,10 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
         process.communicate()
         killed_in_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
         reached.append(checkpoint(tmp_path / "killed")["step"])
-    print(f"{processes} processes, {workers} workers: killed after the saves at steps {reached} of {steps}, {killed_in_a_save} times during one")
+    print(
+        f"{processes} processes, {workers} workers: killed after the saves at steps {reached} of {steps}, "
+        f"{killed_in_a_save} times during one"
+    )
     assert reached[0] < steps
     to_the_end(*words("killed", workers))
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
@@ -93,12 +131,15 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
 
 
 def test_two_processes_equal_one_for_given_masks(tmp_path):
-    """The gradient over a batch is the mean of those over its halves, through the real wrapping: each method, each row of the ablations."""
+    """The gradient over a batch is the mean of those over its halves, through the real wrapping: each method,
+    each row of the ablations."""
     script, teacher = tmp_path / "script.py", tmp_path / "teacher.pt"
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 2, 2), "mae", "cls", data.MEAN, data.STD), teacher)
-    table = [["mixedae", *flags] for flags in ROWS.values()] + [["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()]
+    table = [["mixedae", *flags] for flags in ROWS.values()] + [
+        ["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()
+    ]
     table += [["mrmae", *flags_of(row, teacher)] for row in MRMAE_ROWS.values()] + [["mae"], ["mixedae"]]
-    table += [["mae", *"--patch-size 16 --image-size 64 --stem conv --stem-widths 8 12 --stem-depths 1 1".split()]]
+    table += [["mae", *"--patch-size 16 --image-size 64 --stem conv".split()]]
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -111,7 +152,7 @@ for method, *flags in {table!r}:
     torch.manual_seed(0)
     alone = train.METHODS[method](args)
     torch.manual_seed(0)
-    wrapped = train.wrap(train.METHODS[method](args), args, device, torch.zeros(8, 3, *args.image_size))
+    wrapped = train.wrap_ddp(train.METHODS[method](args), args, device, [torch.zeros(8, 3, *args.image_size)])
     assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
     images = torch.randn(16, 3, *args.image_size)
     mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
@@ -132,12 +173,30 @@ print("all gradients agree")
 
 
 def test_under_torchrun_a_mistake_is_said_once():
-    output = to_the_end(*command(2, "--method", "mixedae", "--mixing-ratio", 0.3), code=1)  # torchrun makes 1 of every code
+    output = to_the_end(
+        *command(2, "--method", "mixedae", "--mixing-ratio", 0.3), code=1
+    )  # torchrun makes 1 of every code
     assert sum(line.startswith("train.py: ") for line in output.splitlines()) == 1
 
 
 def test_sigterm_to_torchrun_saves(folder, tmp_path):
-    process = start(*command(2, "--method", "mae", "--data", folder, "--out", tmp_path, "--batch-size", 4, "--epochs", 100000, "--workers", 2))
+    process = start(
+        *command(
+            2,
+            "--method",
+            "mae",
+            "--data",
+            folder,
+            "--out",
+            tmp_path,
+            "--batch-size",
+            4,
+            "--epochs",
+            100000,
+            "--workers",
+            2,
+        )
+    )
     while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -145,12 +204,84 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     assert "the same command resumes" in output and checkpoint(tmp_path)["step"] > 0
 
 
+TRAIN = [sys.executable, str(ROOT / "train.py"), *TINY, "--method", "mae", "--epochs", "100000"]
+
+
+def wait_for(path, process):
+    """Until a file is there, as long as the process lives."""
+    deadline = time.time() + 60
+    while not path.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+
+
+def workers_of(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def test_a_loader_process_that_dies_costs_no_step(folder, tmp_path):
+    process = start(
+        *TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2", "--log-every", "1"
+    )
+    wait_for(tmp_path / "checkpoint.pt", process)
+    os.kill(int(workers_of(process)[0]), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output[-2000:]
+    assert (
+        "a loader process failed" in output.splitlines()[-1] and "lower --workers" in output.splitlines()[-1]
+    )
+    assert checkpoint(tmp_path)["step"] == rows(tmp_path)[-1]["step"]  # the steps so far
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="needs the right to mount a small /dev/shm",
+)
+def test_no_shared_memory_is_one_line_and_no_hang(folder, tmp_path):
+    words = [*TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2", "--image-size", "96"]
+    small = 'mount -t tmpfs -o size=1M tmpfs /dev/shm && exec "$@"'
+    process = start("unshare", "-m", "sh", "-c", small, "sh", *words)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "--shm-size" in output.splitlines()[-1], output[-2000:]
+
+
+def test_output_may_vanish(folder, tmp_path):
+    """A closed pipe, a full disk, closed streams, a terminal without accents: training goes on."""
+    words = shlex.join([*TRAIN[:-1], "2", "--workers", "1", "--data", str(folder), "--out"])
+    cases = {
+        "pipe": "%s 2>&1 | head -1; exit ${PIPESTATUS[0]}",
+        "full": "%s > /dev/full 2> /dev/full",
+        "closed": "%s >&- 2>&-",
+        "\u00e9t\u00e9": "PYTHONUTF8=0 PYTHONIOENCODING=ascii LC_ALL=C %s",
+    }
+    processes = {}
+    for name, line in cases.items():
+        processes[name] = start("bash", "-c", line % f"{words} '{tmp_path / name}'")
+    for name, process in processes.items():
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == 0, (name, output[-2000:])
+        assert rows(tmp_path / name)[-1]["step"] == 10
+
+
+def test_a_hang_up_saves(folder, tmp_path):
+    process = start(*TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2")
+    wait_for(tmp_path / "log.jsonl", process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(tmp_path)["step"] > 0
+
+
 def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path, capsys):
-    """finetune.py: the same accuracy and the same confusion of given weights, with batches that do not divide the test set."""
+    """finetune.py: the same accuracy and the same confusion of given weights, with batches that do not divide
+    the test set."""
     torch.manual_seed(0)
-    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
+    torch.save(
+        vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD),
+        tmp_path / "encoder.pt",
+    )
     quick, outputs = ["--device", "cpu", "--workers", "0", "--data", str(folder)], []
     for processes in (1, 2):
+
         def output(*flags, processes=processes):
             if processes == 2:
                 return to_the_end(*TORCHRUN, str(ROOT / "finetune.py"), *quick, *map(str, flags))
@@ -159,51 +290,118 @@ def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path, capsys):
             return capsys.readouterr().out
 
         out = tmp_path / f"run{processes}"
-        flags = ("--encoder", tmp_path / "encoder.pt", "--protocol", "linear", "--cache-features", "--epochs", 3, "--batch-size", 6 // processes, "--out", out)
+        flags = (
+            "--encoder",
+            tmp_path / "encoder.pt",
+            "--protocol",
+            "linear",
+            "--cache-features",
+            "--epochs",
+            3,
+            "--batch-size",
+            6 // processes,
+            "--out",
+            out,
+        )
         output(*flags)
         before = (out / "results.json").read_text()
-        assert "finished already" in output(*flags) and (out / "results.json").read_text() == before  # all processes test with the same statistics
+        assert (
+            "finished already" in output(*flags) and (out / "results.json").read_text() == before
+        )  # all processes test with the same statistics
         outputs.append(output("--evaluate", tmp_path / "run1", "--batch-size", 3).splitlines()[-1])
-        assert sum(int(value) for line in (out / "confusion.csv").read_text().splitlines()[1:] for value in line.split(",")[1:]) == 8  # every sample once
+        assert (
+            sum(
+                int(value)
+                for line in (out / "confusion.csv").read_text().splitlines()[1:]
+                for value in line.split(",")[1:]
+            )
+            == 8
+        )  # every sample once
     assert outputs[0] == outputs[1] and "top1" in outputs[0]
-    one, two = (json.loads((tmp_path / f"run{processes}" / "results.json").read_text()) for processes in (1, 2))
+    one, two = (
+        json.loads((tmp_path / f"run{processes}" / "results.json").read_text()) for processes in (1, 2)
+    )
     assert one["knn_top1"] == two["knn_top1"]
 
 
 def test_two_processes_count_the_pixels_that_one_counts(tmp_path):
-    """finetune.py --protocol segment: of given weights the same confusion matrix."""
+    """dense.py --task segment: of given weights the same confusion matrix."""
     for split, count in (("training", 8), ("validation", 5)):
         for part in ("images", "annotations"):
             (tmp_path / "scenes" / part / split).mkdir(parents=True)
         for i in range(count):
             pixels = np.random.default_rng(i).integers(0, 4, (20, 24)).astype(np.uint8)
-            Image.fromarray(np.stack([pixels * 60] * 3, axis=2)).save(tmp_path / "scenes" / "images" / split / f"{i}.png")
+            Image.fromarray(np.stack([pixels * 60] * 3, axis=2)).save(
+                tmp_path / "scenes" / "images" / split / f"{i}.png"
+            )
             Image.fromarray(pixels).save(tmp_path / "scenes" / "annotations" / split / f"{i}.png")
     (tmp_path / "scenes" / "classes.txt").write_text("a\nb\nc\n")
-    assert_two_test_as_one("confusion.csv", tmp_path, "--protocol", "segment", "--data", tmp_path / "scenes", "--batch-size", 2, "--head-width", 8)
+    assert_two_test_as_one(
+        "confusion.csv",
+        tmp_path,
+        "segment",
+        "--data",
+        tmp_path / "scenes",
+        "--batch-size",
+        2,
+        "--head-width",
+        8,
+    )
 
 
 def test_two_processes_find_the_objects_that_one_finds(tmp_path):
-    """finetune.py --protocol detect: trained by two, of given weights the same predictions."""
+    """dense.py --task detect: trained by two, of given weights the same predictions."""
     pytest.importorskip("pycocotools", reason="pycocotools is optional, and computes COCO's metric")
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     for split, count in (("train", 4), ("val", 3)):
         (tmp_path / "coco" / split).mkdir()
-        notes = [{"id": 1 + i, "image_id": i, "category_id": 1, "bbox": [4, 4, 10, 9 + i], "iscrowd": 0, "area": 10 * (9 + i),
-                  "segmentation": [[4, 4, 14, 4, 14, 13 + i, 4, 13 + i]]} for i in range(count)]
+        notes = [
+            {
+                "id": 1 + i,
+                "image_id": i,
+                "category_id": 1,
+                "bbox": [4, 4, 10, 9 + i],
+                "iscrowd": 0,
+                "area": 10 * (9 + i),
+                "segmentation": [[4, 4, 14, 4, 14, 13 + i, 4, 13 + i]],
+            }
+            for i in range(count)
+        ]
         images = [{"id": i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(count)]
         content = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "thing"}]}
         (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
         for i in range(count):
-            Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(tmp_path / "coco" / split / f"{i}.png")
-    assert_two_test_as_one("predictions.json", tmp_path, "--protocol", "detect", "--neck", "fpn", "--data", tmp_path / "coco", "--batch-size", 2, "--image-size", 32,
-                           "--head-width", 16, "--proposals", 20, "--rois", 16)
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(
+                tmp_path / "coco" / split / f"{i}.png"
+            )
+    assert_two_test_as_one(
+        "predictions.json",
+        tmp_path,
+        "detect",
+        "--neck",
+        "fpn",
+        "--data",
+        tmp_path / "coco",
+        "--batch-size",
+        2,
+        "--image-size",
+        32,
+        "--head-width",
+        16,
+        "--proposals",
+        20,
+        "--rois",
+        16,
+    )
 
 
-def assert_two_test_as_one(file, tmp_path, protocol, name, *flags):
-    """A run of finetune.py of two processes wrote the same file as one process that evaluates its weights."""
-    torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 32, 2, 2), "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
-    quick = [protocol, name, "--device", "cpu", "--workers", "0"]
-    to_the_end(*TORCHRUN, str(ROOT / "finetune.py"), *quick, "--encoder", str(tmp_path / "encoder.pt"), *map(str, flags), "--out", str(tmp_path / "run"), "--epochs", "1")
-    run("--evaluate", tmp_path / "run", "--out", tmp_path / "one", main=finetune.main, defaults=quick)
-    assert (tmp_path / "one" / file).read_text() == (tmp_path / "run" / file).read_text() and (tmp_path / "run" / file).stat().st_size > 20
+def assert_two_test_as_one(file, tmp_path, task, *flags):
+    """A run of dense.py of two processes wrote the same file as one process that evaluates its weights."""
+    encoder = vit.ViT((16, 16), 4, 32, 2, 2)
+    torch.save(vit.pack_encoder(encoder, "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
+    quick = ["--task", task, "--device", "cpu", "--workers", "0"]
+    words = ["--encoder", tmp_path / "encoder.pt", *flags, "--out", tmp_path / "run", "--epochs", 1]
+    to_the_end(*TORCHRUN, str(ROOT / "dense.py"), *quick, *map(str, words))
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "one", main=dense.main, defaults=quick)
+    one, two = ((tmp_path / name / file).read_text() for name in ("one", "run"))
+    assert one == two and len(one) > 20
