@@ -99,7 +99,6 @@ from finetune import (
     open_encoder,
     read_batches,
     replace_args,
-    run_loop,
     start_testing,
     write_confusion,
     write_results,
@@ -110,6 +109,7 @@ from train import (
     create_run,
     facts_of,
     inference,
+    run_loop,
     run_program,
     share_of_batch,
 )

@@ -84,17 +84,15 @@ from train import (
     Parser,
     add_run_args,
     create_run,
-    describe_lr,
     facts_of,
     inference,
     load_checkpoint,
     local_rank0_first,
     lr_at,
-    resume,
+    run_loop,
     run_program,
     share_of_batch,
     to_device,
-    train_loop,
 )
 from vit import (
     CrossAttention,
@@ -696,23 +694,6 @@ def load_own_weights(model, args):
             pass
 
 
-def run_loop(run, argv, header, dataset, test):
-    """Resume, say what is about to run, train -> exit code."""
-    resume(run, FREE_FLAGS)
-    dist.barrier()  # all have read the checkpoint before rank 0 writes the next
-    args, batches, state = run.args, run.batches, run.state
-    if run.folder and (state["step"] < batches.steps or state["row_due"]):
-        run.folder.write_args(args, argv)
-        run.folder.cut_log(state["step"] - state["row_due"])
-        parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        print(
-            f"{header}\n{parameters} trained parameters, batch {batches.global_batch}, {describe_lr(run)}, "
-            f"{args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {state['step']}",
-            flush=True,
-        )
-    return train_loop(run, dataset, test)
-
-
 def write_results(run, task, metric):
     """results.json of a finished run, and its last line -> (exit code, the results and the metric)."""
     results = task.results(run.folder)
@@ -859,7 +840,6 @@ DEFAULTS = {
         epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]
     ),  # CAE's
 }
-FREE_FLAGS = train.FREE_FLAGS | {"evaluate", "predict"}  # may differ when a run resumes
 
 
 def add_encoder_args(parser):

@@ -24,7 +24,6 @@ import os
 import resource
 import shlex
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -619,25 +618,14 @@ def load_checkpoint(path, args):
 
 
 # Flags that may differ when a run resumes (the batch and its accumulation if B' stays).
-FREE_FLAGS = {
-    "out",
-    "data_root",
-    "download",
-    "workers",
-    "device",
-    "compile",
-    "recompute",
-    "log_every",
-    "save_every",
-    "max_steps",
-    "benchmark",
-    "draw",
-    "batch_size",
-    "accumulate",
-}
+FREE_FLAGS = set(
+    "out data_root download workers device compile recompute log_every save_every max_steps benchmark draw "
+    "evaluate "
+    "predict batch_size accumulate".split()
+)
 
 
-def resume(run, free_flags=FREE_FLAGS):
+def resume(run):
     """Continue from checkpoint.pt, if there is one. What shapes the result must be as it was."""
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
@@ -649,7 +637,7 @@ def resume(run, free_flags=FREE_FLAGS):
     now = {**vars(run.args), "global batch": run.batches.global_batch}
     changed = [
         f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
-        for key in sorted((then.keys() | now.keys()) - free_flags)
+        for key in sorted((then.keys() | now.keys()) - FREE_FLAGS)
         if then.get(key) != now.get(key)
     ]
     if changed:
@@ -680,6 +668,34 @@ def resume(run, free_flags=FREE_FLAGS):
         run.scaler.load_state_dict(saved["scaler"])
     run.state = {key: saved[key] for key in run.state}
     run.batches.start = saved["step"]
+
+
+def run_loop(run, argv, header, dataset, test):
+    """Go on with the run if it was begun, say what is about to happen, train -> exit code."""
+    resume(run)
+    dist.barrier()  # all have read the checkpoint before rank 0 writes the next
+    args, batches, state, world = run.args, run.batches, run.state, dist.get_world_size()
+    if run.folder and (state["step"] < batches.steps or state["row_due"]):
+        run.folder.write_args(args, argv)
+        run.folder.cut_log(state["step"] - state["row_due"])
+
+        # Print the numbers that users ask for first.
+        parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+        precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
+        rule = "our default"
+        if args.lr:
+            rule = "--lr"
+        elif args.blr:
+            rule = f"blr {args.blr:g} x {batches.global_batch} / 256"
+        if args.warmup_epochs > args.epochs:
+            rule += f"; the warm-up of {args.warmup_epochs:g} epochs is longer than the run: --warmup-epochs"
+        print_rank0(
+            f"{header}\n{parameters:.4g} M trained parameters, {precision}, {world} x {run.device}\n"
+            f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = "
+            f"{batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
+            f"{args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {state['step']}"
+        )
+    return train_loop(run, dataset, test)
 
 
 def load_weights(model, path):
@@ -723,28 +739,40 @@ def pretrain(args, argv, device):
     train_set, val_set = local_rank0_first(args, partial(open_sets, args))
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     run = build_run(args, facts_of(train_set), device, folder=folder)
-
-    # Start from weights, or from where an earlier start ended.
     if args.init and not (Path(args.out) / "checkpoint.pt").exists():
-        filled = load_weights(run.model, args.init)
-        print_rank0(f"--init {args.init}: fills {filled}")
-    resume(run)
-    dist.barrier()  # all have read the checkpoint before rank 0 writes the next
+        print_rank0(f"--init {args.init}: fills {load_weights(run.model, args.init)}")
 
     # Choose the images of the loss on held-out data, of the numbers and of the pictures: always the same.
-    val_set = val_set if val_set and min(len(val_set), args.val_images) >= args.batch_size else None
-    images, masks = fixed_images(val_set or train_set, args.image_size, args.val_images if val_set else 64)
+    held_out = val_set is not None and min(len(val_set), args.val_images) >= args.batch_size
+    chosen, count = (val_set, args.val_images) if held_out else (train_set, 64)
+    images, masks = fixed_images(chosen, args.image_size, count)
+    grey = int((images == images[:, :1]).flatten(1).all(dim=1).sum())
+    if grey and (len(set(args.mean)) > 1 or len(set(args.std)) > 1):
+        print_rank0(
+            f"note: {grey} of {len(images)} sampled images are grey; with a mean and deviation a channel "
+            f"they are no longer so once normalised: --mean .5 .5 .5 --std .25 .25 .25 keeps them grey"
+        )
 
     # Train.
-    finished = run.state["step"] == run.batches.steps and not run.state["row_due"]
-    if folder and not finished:
-        folder.write_args(args, argv)
-        folder.cut_log(run.state["step"] - run.state["row_due"])
-        print_header(run, images, bool(val_set))
-    test = partial(test_pretraining, images=images, masks=masks, held_out=bool(val_set))
-    code = train_loop(run, TrainDataset(train_set, train_transform(args), args.seed), test)
-    if not code and run.state["step"] == run.batches.steps:
-        print_summary(run, "finished already" if finished else "finished")
+    val = f"val_loss on {len(images)} images" if held_out else "no val set of a batch or more, so no val_loss"
+    header = f"{args.method} on {args.data}: {len(train_set)} images, {val}"
+    samples = TrainDataset(train_set, train_transform(args), args.seed)
+    test = partial(test_pretraining, images=images, masks=masks, held_out=held_out)
+    code = run_loop(run, argv, header, samples, test)
+    if code or run.state["step"] < run.batches.steps:
+        return code
+
+    # Say what there is now, and what to run next.
+    made = getattr(run.model, "export_file", "encoder.pt")
+    following = f"What is it worth? python finetune.py --encoder {args.out}/{made} --cache-features"
+    if made == "tokenizer.pt":
+        target = f"dvae:{args.out}/{made}"
+        following = f"Predict its ids: python train.py --method cae --target {target} --out {args.out}-cae"
+    already = " already" if run.batches.start == run.batches.steps else ""
+    print_rank0(
+        f"finished{already}: {args.out} holds {made} (what transfers), checkpoint.pt, log.jsonl and "
+        f"pictures/. {following} --data {args.data}"
+    )
     return code
 
 
@@ -768,13 +796,12 @@ def test_pretraining(run, epoch_ends, images, masks, held_out):
             numbers |= model.numbers(normalize(images[:64].to(run.device), args.mean, args.std))
     if epoch_ends:
         panels = render_panels(model, args, images[:64], run.device)
-        panels = {title: pictures[:8] for title, pictures in panels.items()}
         if panels:
-            run.folder.write_picture(
-                f"epoch-{run.state['step'] // run.batches.steps_per_epoch:04d}.png", picture_sheet(panels)
-            )
-        if masks is not None and has_cls(model):
-            maps = exported_attention(model, args, images, run.device)
+            epoch = run.state["step"] // run.batches.steps_per_epoch
+            sheet = picture_sheet({title: pictures[:8] for title, pictures in panels.items()})
+            run.folder.write_picture(f"epoch-{epoch:04d}.png", sheet)
+        maps = exported_attention(model, args, images, run.device) if masks is not None else None
+        if maps is not None:
             numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
     model.train()
     return numbers
@@ -783,31 +810,26 @@ def test_pretraining(run, epoch_ends, images, masks, held_out):
 def evaluate(run, images):
     """Mean loss over whole batches of uint8 val images, with the same masks each time; each process takes
     every world-th batch."""
-    size = run.args.batch_size
-    total = torch.zeros(2, device=run.device)  # sum, count
+    size, losses = run.args.batch_size, []
     run.model.eval()
     for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
         seed_torch(run.args.seed, "val", j)
         with inference(run.args, run.device):
             loss, _ = run.model(*run.prepare(images[j * size :][:size].to(run.device), None))
-        total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+        losses.append(loss.float())
     run.model.train()
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def has_cls(model):
-    """Whether the method trains an encoder with a class token."""
-    return hasattr(model, "encoder") and model.encoder.num_prefix_tokens > 0
+    means = mean_over_processes({"sum": sum(losses), "count": len(losses)}, run.device)
+    return means["sum"] / means["count"]
 
 
 def exported_attention(model, args, images, device):
     """Where CLS looks (MixedAE Fig. 5) in the encoder that transfers, on clean uint8 images -> maps (B, h,
-    w)."""
+    w), or None where there is no encoder with a class token."""
+    if not hasattr(model, "encoder") or not model.encoder.num_prefix_tokens:
+        return None
     encoder = unpack_encoder(export_encoder(model, args))[0].to(device)
-    batches = images.split(64)
-    maps = [cls_attention(encoder, normalize(batch.to(device), args.mean, args.std)) for batch in batches]
-    return torch.cat(maps).cpu()
+    clean = [normalize(batch.to(device), args.mean, args.std) for batch in images.split(64)]
+    return torch.cat([cls_attention(encoder, batch) for batch in clean]).cpu()
 
 
 def render_panels(model, args, images, device):
@@ -818,65 +840,11 @@ def render_panels(model, args, images, device):
         seed_torch(args.seed, "pictures")  # the same masks each time
         with inference(args, device):
             panels = model.visualize(normalize(images.to(device), args.mean, args.std))
-    if has_cls(model):
-        panels["attention of CLS"] = heat_map(exported_attention(model, args, images, device), images)
-    # A method may leave some images out.
-    count = min((len(pictures) for pictures in panels.values()), default=0)
+    maps = exported_attention(model, args, images, device)
+    if maps is not None:
+        panels["attention of CLS"] = heat_map(maps, images)
+    count = min((len(pictures) for pictures in panels.values()), default=0)  # a method may leave images out
     return {title: pictures[:count].cpu() for title, pictures in panels.items()}
-
-
-def describe_lr(run):
-    """The rate, where it comes from, and a warning if it will never be reached."""
-    args = run.args
-    rule = (
-        "--lr"
-        if args.lr
-        else f"blr {args.blr:g} x {run.batches.global_batch} / 256"
-        if args.blr
-        else "our default"
-    )
-    late = args.warmup_epochs > args.epochs
-    warning = (
-        f"; the warm-up of {args.warmup_epochs:g} epochs is longer than the run, give --warmup-epochs"
-        if late
-        else ""
-    )
-    return f"learning rate {run.lr:g} ({rule}{warning})"
-
-
-def print_header(run, images, held_out):
-    """What is about to run, with the numbers that users ask for first."""
-    args, batches, world = run.args, run.batches, dist.get_world_size()
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
-    precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
-    val = f"val_loss on {len(images)} images" if held_out else "no val set of a batch or more, so no val_loss"
-    print_rank0(
-        f"{args.method}: {parameters:.2f} M parameters, {precision}, {world} x {run.device}\n"
-        f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = "
-        f"{batches.global_batch}; {describe_lr(run)}\n"
-        f"data: {args.data}, {batches.length} images, {val}; {args.epochs} epochs x "
-        f"{batches.steps_per_epoch} steps, starting at step {run.state['step']}"
-    )
-    grey = int((images == images[:, :1]).flatten(1).all(dim=1).sum())
-    if grey and (len(set(args.mean)) > 1 or len(set(args.std)) > 1):
-        print_rank0(
-            f"note: {grey} of {len(images)} sampled images are grey; with a mean and deviation a channel "
-            f"they are no longer so once normalised: --mean .5 .5 .5 --std .25 .25 .25 keeps them grey",
-        )
-
-
-def print_summary(run, finished):
-    """The last line of a run: what there is now, and what to run next."""
-    args = run.args
-    made = getattr(run.model, "export_file", "encoder.pt")
-    following = f"What is it worth? python finetune.py --encoder {args.out}/{made} --cache-features"
-    if made == "tokenizer.pt":
-        target = f"dvae:{args.out}/{made}"
-        following = f"Predict its ids: python train.py --method cae --target {target} --out {args.out}-cae"
-    print_rank0(
-        f"{finished}: {args.out} holds {made} (what transfers), checkpoint.pt, log.jsonl and pictures/. "
-        f"{following} --data {args.data}"
-    )
 
 
 # ============================================================================================================
@@ -1210,18 +1178,10 @@ def benchmark(args, argv, device):
         others = [parse_args(["--method", *shlex.split(other)], base=argv) for other in args.benchmark]
     except ValueError as error:
         raise UserError(f"--benchmark {' '.join(args.benchmark)}: {error}") from None
-    all_args = [args, *others]
+    names, all_args, world = [args.method, *args.benchmark], [args, *others], dist.get_world_size()
 
-    def synchronized_seconds(function):
-        getattr(torch, device.type).synchronize()  # torch.cpu's does nothing
-        started = time.perf_counter()
-        function()
-        getattr(torch, device.type).synchronize()
-        return time.perf_counter() - started
-
-    def make_step(its_args):
-        images = its_args.batch_size * its_args.accumulate * dist.get_world_size()
-        run = build_run(its_args, {"images": images, "classes": []}, device)
+    def make_step(its_args, count):
+        run = build_run(its_args, {"images": count, "classes": []}, device)
         shape = (its_args.batch_size, 3, *its_args.image_size)
         batch = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
@@ -1232,12 +1192,13 @@ def benchmark(args, argv, device):
 
         return step
 
-    # Warm each step up, and count its memory and its FLOPs. (Code that is compiled while FLOPs are counted
-    # would not be used again, so they are counted eagerly.)
-    steps, flops, memory = [], [], []
+    # Warm each step up, and count its images, its memory and its FLOPs. (Code that is compiled while FLOPs
+    # are counted would not be used again, so they are counted eagerly.)
+    steps, counts, memory, flops = [], [], [], []
     for its_args in all_args:
         before = peak_memory_mb(device, restart=True)
-        steps.append(make_step(its_args))
+        counts.append(its_args.batch_size * its_args.accumulate * world)
+        steps.append(make_step(its_args, counts[-1]))
         steps[-1]()
         memory.append(peak_memory_mb(device) - before)
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -1248,25 +1209,33 @@ def benchmark(args, argv, device):
     # machine.
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
+
+    def seconds_of(function):
+        getattr(torch, device.type).synchronize()  # torch.cpu's does nothing
+        started = time.perf_counter()
+        function()
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter() - started
+
     functions = [lambda: [a @ b for _ in range(8)], *steps]
-    rounds = [[synchronized_seconds(function) for function in functions] for _ in range(10)]
-    product_seconds, *step_seconds = zip(*rounds)
-    rates = [8 * 2 * size**3 / seconds for seconds in product_seconds]  # FLOP/s
+    rounds = torch.tensor(
+        [[seconds_of(function) for function in functions] for _ in range(10)]
+    )  # (10, 1 + methods)
+    rate = 8 * 2 * size**3 / rounds[:, 0]  # FLOP/s, (10,)
+    step_seconds = rounds[:, 1:]
 
     # Print a line for each.
-    if dist.get_rank() == 0:
-        print(
-            f"matrix product of {size} x {size}: {statistics.median(rates) / 1e12:.3g} TFLOP/s ({a.dtype}); "
-            f"medians of {len(rounds)} rounds in turns"
-        )
-    for i, its_args in enumerate(all_args):
-        seconds, images = step_seconds[i], its_args.batch_size * its_args.accumulate * dist.get_world_size()
-        typical = statistics.median(seconds)
-        share = statistics.median(flops[i] / s / rate for s, rate in zip(seconds, rates))
-        ratio = statistics.median(s / first for s, first in zip(seconds, step_seconds[0]))
-        name = [args.method, *args.benchmark][i]
+    print_rank0(
+        f"matrix product of {size} x {size}: {rate.median() / 1e12:.3g} TFLOP/s ({a.dtype}); medians of 10 "
+        "rounds"
+    )
+    for i, name in enumerate(names):
+        typical = step_seconds[:, i].median()
+        share = (flops[i] / step_seconds[:, i] / rate).median()
+        ratio = (step_seconds[:, i] / step_seconds[:, 0]).median()
         print_rank0(
-            f"{name}: {images / typical:.4g} images/s, {1000 * typical:.4g} ms/step of {images} images, "
+            f"{name}: {counts[i] / typical:.4g} images/s, {1000 * typical:.4g} ms/step of {counts[i]} "
+            "images, "
             f"{memory[i]:.0f} MB, {flops[i] / 1e9:.4g} GFLOP/step = {100 * share:.0f} % of the matrix "
             f"product's rate, {ratio:.3f} x {args.method}'s time"
         )
