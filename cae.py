@@ -148,8 +148,8 @@ def block_mask(batch, grid, count, tries=400):
 # Sec. 3.1: latent contextual regressor H and decoder G. The encoder F is the ViT of vit.py.
 # ------------------------------------------------------------------------------------------------------------
 class CrossBlock(nn.Module):
-    """A block of the regressor (Sec. 3.1): queries Z_m, keys and values [Z_v, Z_m]. Z_v is read and never
-    changed.
+    """A block of the regressor (Sec. 3.1): queries Z_m, keys
+    and values [Z_v, Z_m]. Z_v is read and never changed.
 
     Positions are added to queries and keys but not to values, and the branch of the MLP starts from the
     normalised sum (CAE's code). `drop_path` and `recompute` as in vit.Block.

@@ -285,8 +285,8 @@ def joint_saliency(maps):
 class Teacher(nn.Module):
     """A frozen ViT, with the mean and standard deviation of the images that it was trained on.
 
-    To mimic something else, write a class with the same attributes and these two methods, `features` and
-    `renormalize`.
+    To mimic something else, write a class with the same attributes
+    and these two methods, `features` and `renormalize`.
     """
 
     def __init__(self, vit, mean, std, name):
@@ -526,8 +526,8 @@ class MRMAE(MAE):
 # the authors' checkpoints, and where the paper is silent.
 # ============================================================================================================
 def fused_layers(asked, depth):
-    """--fuse-layers -> block numbers in order. None: four evenly spaced ones (fewer if depth < 4), the last
-    among them."""
+    """--fuse-layers -> block numbers in order. None: four evenly
+    spaced ones (fewer if depth < 4), the last among them."""
     if asked is None:
         return sorted({depth * i // 4 for i in (1, 2, 3, 4)} - {0})
     if max(asked) != depth or len(set(asked)) < len(asked):
@@ -607,8 +607,8 @@ def open_teacher(word, grid):
 
 
 def download(kind):
-    """The published file of "clip" or "dino" -> its path in torch.hub's cache. A file that is there is not
-    fetched again."""
+    """The published file of "clip" or "dino" -> its path in
+    torch.hub's cache. A file that is there is not fetched again."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URLS[kind]).name
     if path.exists():
         return path
@@ -669,8 +669,8 @@ def quick_gelu(x):
 
 
 def make_clip(vit):
-    """Turn our ViT into CLIP's: no bias in the patch embedding, a LayerNorm before the blocks, eps 1e-5,
-    QuickGELU."""
+    """Turn our ViT into CLIP's: no bias in the patch embedding,
+    a LayerNorm before the blocks, eps 1e-5, QuickGELU."""
     vit.patch_embed.proj.bias = None
     vit.norm_pre = nn.LayerNorm(vit.width)
     for module in vit.modules():

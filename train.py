@@ -142,8 +142,7 @@ def train_loop(run, dataset, test):
 
     dataset: (epoch, i) -> what `collate` understands, such as a TrainDataset. test(run, epoch_ends) ->
     numbers for a log row; all processes call it before each row. It comes after the save, so nothing in it
-    can lose what was
-    computed: should it fail, the next start repeats it, and it alone.
+    can lose what was computed. Should it fail, the next start repeats it, and it alone.
     """
     args, batches, state = run.args, run.batches, run.state
     last_step = min(batches.steps, args.max_steps or batches.steps)
@@ -156,9 +155,8 @@ def train_loop(run, dataset, test):
     if state["row_due"]:
         write_row(run, test)
 
-    bar = tqdm(
-        total=last_step, initial=state["step"], unit="step", disable=run.folder is None, mininterval=1.0
-    )
+    quiet = run.folder is None
+    bar = tqdm(total=last_step, initial=state["step"], unit="step", disable=quiet, mininterval=1)
     with bar, stop_signals(stop):
         stream = load_batches(dataset, batches, args.workers, run.device.type == "cuda")
 
@@ -185,11 +183,8 @@ def train_loop(run, dataset, test):
             # happen travels with them, because all must decide alike.
             values = forward_backward(run, micro_batches, state["step"])
             save_is_late = run.folder is not None and time.perf_counter() - saved_at > SAVE_SECONDS
-            votes = {
-                "failed": failure is not None,
-                "stop": bool(stop) or broken.too_many,
-                "save": save_is_late,
-            }
+            want_stop = bool(stop) or broken.too_many
+            votes = {"failed": failure is not None, "stop": want_stop, "save": save_is_late}
             values = mean_over_processes({**values, **votes}, run.device)
             failed, stopping, save_now = (values.pop(name) > 0 for name in votes)
             if failed:
@@ -214,13 +209,10 @@ def train_loop(run, dataset, test):
             # Count the step, and add its values to the log row.
             state["step"] += 1
             state["skipped"] += not finite
-            values = {**values, "finite": 1} if finite else {}
-            for name, value in {
-                "steps": 1,
-                "seconds": time.perf_counter() - started,
-                "waited": waited,
-                **values,
-            }.items():
+            added = {"steps": 1, "seconds": time.perf_counter() - started, "waited": waited}
+            if finite:
+                added |= {"finite": 1, **values}
+            for name, value in added.items():
                 state["sums"][name] = state["sums"].get(name, 0.0) + value
             epoch_ends = state["step"] % batches.steps_per_epoch == 0
             state["row_due"] = epoch_ends or state["step"] % args.log_every == 0
@@ -237,9 +229,8 @@ def train_loop(run, dataset, test):
             # Test, draw and log.
             if state["row_due"]:
                 row = write_row(run, test)
-                bar.set_postfix_str(
-                    f"loss {row.get('loss', math.nan):.4f}, {row['images_per_s']:.0f} images/s"
-                )
+                loss = row.get("loss", math.nan)
+                bar.set_postfix_str(f"loss {loss:.4f}, {row['images_per_s']:.0f} images/s")
 
         del stream  # ends the loader's processes
 
@@ -317,8 +308,8 @@ def mean_over_processes(values, device):
 
 
 def save(run, micro_batch=None):
-    """Write what transfers (encoder.pt) and what resumes (checkpoint.pt), if the weights are good -> whether
-    they are.
+    """Write what transfers (encoder.pt) and what resumes
+    (checkpoint.pt), if the weights are good -> whether they are.
 
     micro_batch: one to try them on; None: they were tried before. If a write fails, the old file stays, a
     warning is printed, and training goes on.
@@ -436,8 +427,8 @@ def to_device(batch, device):
 
 
 def peak_memory_mb(device, restart=False):
-    """Peak memory of the card, or of this process on CPU. restart: forget it and start from what is in use
-    now."""
+    """Peak memory of the card, or of this process on CPU.
+    restart: forget it and start from what is in use now."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats()
@@ -494,8 +485,8 @@ def inference(args, device):
 
 
 def wrap_ddp(model, args, device, example):
-    """DDP around the model, for one process too, so that there is one path. Applies --compile and
-    --recompute.
+    """DDP around the model, for one process too, so that
+    there is one path. Applies --compile and --recompute.
     example: what the model is called with."""
     blocks = all_blocks(model)
     for block in blocks:
@@ -777,11 +768,11 @@ def pretrain(args, argv, device):
 
 
 def test_pretraining(run, epoch_ends, images, masks, held_out):
-    """The numbers of a log row; at an epoch's end also val_loss, the pictures, and on `shapes` the object
-    awareness.
+    """The numbers of a log row; at an epoch's end also val_loss,
+    the pictures, and on `shapes` the object awareness.
 
-    images: uint8, the same each time; masks: of the objects in them, or None; held_out: whether they are of a
-    val set.
+    images: uint8, the same each time; masks: of the objects
+    in them, or None; held_out: whether they are of a val set.
     """
     args, model, numbers = run.args, run.model, {}
     if epoch_ends and held_out:
