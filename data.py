@@ -27,12 +27,15 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -67,8 +70,8 @@ def seed_of(*what):
 
 
 def seed_torch(*what):
-    """Seed torch's generators with a function of `what`. (torch.manual_seed does the same at a hundred times
-    the cost.)"""
+    """Seed torch's generators with a function of `what`.
+    (torch.manual_seed does the same at a hundred times the cost.)"""
     torch.default_generator.manual_seed(seed_of(*what))
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed_of(*what))
@@ -83,7 +86,7 @@ def from_pil(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL would clip 16 bits to white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
 
 
 def decode(path):
@@ -105,13 +108,13 @@ def decode(path):
 # Sets: len(set) and set[i] -> (uint8 (3, height, width), label). `classes` is a list of names, empty without
 # labels; `labels` is a list of numbers.
 # ------------------------------------------------------------------------------------------------------------
+@dataclass
 class ImageFiles:
     """Image files with labels, or without (label -1)."""
 
-    def __init__(self, paths, labels=None, classes=()):
-        self.paths = paths
-        self.labels = labels
-        self.classes = list(classes)
+    paths: list
+    labels: list | None = None
+    classes: list = field(default_factory=list)
 
     def __len__(self):
         return len(self.paths)
@@ -127,65 +130,59 @@ class ImageFiles:
 class LabeledDataset:
     """Samples of several data sets as one, with their labels at hand without reading an image.
 
-    parts: [(data set, labels), ...]; chosen: [(part, index in it), ...], or None for all.
+    parts: [(data set, labels), ...]; samples: [(data set, index in it, label), ...], or None for all. A label
+    is a number; for many labels an image it is a list of 0 and 1.
     """
 
-    def __init__(self, parts, classes, chosen=None):
+    def __init__(self, parts, classes, samples=None):
         self.parts = parts
         self.classes = list(classes)
-        whole = [(part, i) for part, (_, labels) in enumerate(parts) for i in range(len(labels))]
-        self.where = whole if chosen is None else chosen
+        whole = [(part, j, label) for part, labels in parts for j, label in enumerate(labels)]
+        self.samples = samples or whole
 
     def __len__(self):
-        return len(self.where)
+        return len(self.samples)
 
     def label(self, i):
-        """A number; for many labels an image a list of 0 and 1."""
-        part, j = self.where[i]
-        return self.parts[part][1][j]
+        return self.samples[i][2]
 
     @property
     def labels(self):
-        return [self.label(i) for i in range(len(self))]
+        return [label for _, _, label in self.samples]
 
     def __getitem__(self, i):
-        part, j = self.where[i]
-        image = self.parts[part][0][j][0]
+        part, j, label = self.samples[i]
+        image = part[j][0]
         if not isinstance(image, torch.Tensor):  # torchvision's sets give PIL images
             image = from_pil(image)
-        return image, self.label(i)
+        return image, label
 
     def name(self, i):
-        part, j = self.where[i]
-        dataset = self.parts[part][0]
-        return dataset.name(j) if hasattr(dataset, "name") else f"sample {j} of {type(dataset).__name__}"
+        part, j, _ = self.samples[i]
+        return part.name(j) if hasattr(part, "name") else f"sample {j} of {type(part).__name__}"
 
     def choose(self, indices):
-        return LabeledDataset(self.parts, self.classes, [self.where[i] for i in indices])
+        return LabeledDataset([], self.classes, [self.samples[i] for i in indices])
 
 
-def regular_polygon(u, v, corners):
-    """Signed distance-like inside-ness of a regular polygon of circumradius 1: positive inside. u, v:
-    coordinates."""
-    sector = 2 * np.pi / corners
+def triangle(u, v):
+    sector = 2 * np.pi / 3
     angle = (np.arctan2(u, v) + sector / 2) % sector - sector / 2
     return np.cos(sector / 2) - np.hypot(u, v) * np.cos(angle)
 
 
-def cross(u, v):
-    vertical = np.minimum(0.9 - np.abs(u), 0.28 - np.abs(v))
-    horizontal = np.minimum(0.9 - np.abs(v), 0.28 - np.abs(u))
-    return np.maximum(vertical, horizontal)
+def rectangle(u, v, length, width):
+    return np.minimum(length - np.abs(u), width - np.abs(v))
 
 
 SHAPES = {  # name -> signed inside-ness: > 0 inside, about 1 unit per object radius
     "disc": lambda u, v: 0.9 - np.hypot(u, v),
     "ring": lambda u, v: 0.25 - np.abs(np.hypot(u, v) - 0.7),
-    "triangle": lambda u, v: regular_polygon(u, v, 3),
-    "square": lambda u, v: 0.75 - np.maximum(np.abs(u), np.abs(v)),
-    "frame": lambda u, v: 0.18 - np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.62),
-    "cross": cross,
-    "bar": lambda u, v: np.minimum(0.95 - np.abs(u), 0.3 - np.abs(v)),
+    "triangle": triangle,
+    "square": lambda u, v: rectangle(u, v, 0.75, 0.75),
+    "frame": lambda u, v: 0.18 - np.abs(rectangle(u, v, 0.62, 0.62)),
+    "cross": lambda u, v: np.maximum(rectangle(u, v, 0.9, 0.28), rectangle(v, u, 0.9, 0.28)),
+    "bar": lambda u, v: rectangle(u, v, 0.95, 0.3),
     "crescent": lambda u, v: np.minimum(0.9 - np.hypot(u, v), np.hypot(u - 0.45, v) - 0.65),
     "heart": lambda u, v: 0.62 - np.hypot(u, v * 1.1 - 0.55 * np.sqrt(np.abs(u)) + 0.15),
     "star": lambda u, v: 0.62 + 0.3 * np.cos(5 * np.arctan2(u, v)) - np.hypot(u, v),
@@ -193,8 +190,7 @@ SHAPES = {  # name -> signed inside-ness: > 0 inside, about 1 unit per object ra
 
 
 class Shapes:
-    """Drawn images: one textured object near the centre of a cluttered background; its class is the shape
-    alone.
+    """Drawn images: a textured object near the centre of a cluttered background; the class is its shape.
 
     These are the single-centric-object images that MixedAE Sec. 3.4 builds on, with a mask and a box to
     measure by. Colours, texture, size, rotation and background are nuisance. Index i of a split is always the
@@ -264,9 +260,10 @@ class Shapes:
 
         # The mask has at least one pixel, however small the image.
         mask = alpha[..., 0] >= 0.5 * alpha.max()
-        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        return canvas, torch.from_numpy(mask), box
+        places = np.argwhere(mask)  # (pixels of the object, 2): row and column of each
+        y0, x0 = places.min(axis=0).tolist()
+        y1, x1 = (places.max(axis=0) + 1).tolist()
+        return canvas, torch.from_numpy(mask), (x0, y0, x1, y1)
 
     def texture(self, rng):
         """Two colours blended by a wave of random direction and length: (height, width, 3) in [0, 1]."""
@@ -287,7 +284,7 @@ def object_awareness(maps, masks):
 
     maps (B, h, w), each with the sum 1; masks bool (B, height, width) -> two floats.
     """
-    area = torch.nn.functional.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # of each patch, (B, h, w)
+    area = F.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # of each patch, (B, h, w)
     return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
 
 
@@ -300,22 +297,20 @@ SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
 
 def available_cores():
     """Cores that this process may use, shared among the training processes of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def add_data_args(parser, names=NAMES, **several):
-    """The flags of --data and of augmentation. names: of the sets to speak of; several: nargs and default, if
-    --data takes more than one."""
+def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
+    """The flags of --data and of augmentation. names: of the sets to speak of; nargs: of --data."""
     add = parser.add_argument_group("data").add_argument
     what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
-    add("--data", **{"default": "shapes", **several}, help=what)
+    add("--data", default=default, nargs=nargs, help=what)
     add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     add("--download", action="store_true", help="let torchvision download the set into --data-root")
-    kinds = ("none", "fixed-crop", "random-crop", "color-jitter")
     add(
         "--augment",
-        choices=kinds,
+        choices=("none", "fixed-crop", "random-crop", "color-jitter"),
         default="random-crop",
         help="none; a crop of fixed size (224 of 256) and a flip; "
         "a crop of random size and a flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)",
@@ -337,8 +332,11 @@ def open_folder(folder):
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(root))
-        visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in visible if os.path.realpath(os.path.join(root, name)) not in seen]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
+        ]
         images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         found += [os.path.join(root, name) for name in images]
     found.sort()
@@ -349,28 +347,25 @@ def open_folder(folder):
     parts = [Path(path).relative_to(folder).parts for path in found]
     if any(len(part) == 1 for part in parts):
         return ImageFiles(found)
-    classes = sorted({part[0] for part in parts})
-    number = {name: i for i, name in enumerate(classes)}
-    return ImageFiles(found, [number[part[0]] for part in parts], classes)
+    classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
+    return ImageFiles(found, labels.tolist(), classes.tolist())
 
 
 def open_list(path):
     """A .txt with one image path a line, relative to the list's own folder -> ImageFiles without labels."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path}: cannot be read as a text of image paths") from None
-    paths = [str(path.parent / line.strip()) for line in lines if line.strip()]
-    missing = [p for p in paths if not os.path.isfile(p)]
+    lines = path.read_text(errors="replace").splitlines()
+    paths = sorted(str(path.parent / line.strip()) for line in lines if line.strip())
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing or not paths:
-        first = f", the first is {missing[0]}" if missing else ""
-        raise UserError(f"{path}: {len(missing)} of its {len(paths)} files do not exist{first}")
-    return ImageFiles(sorted(paths))
+        raise UserError(
+            f"{path}: {len(missing)} of its {len(paths)} image files do not exist, such as {missing[:1]}"
+        )
+    return ImageFiles(paths)
 
 
 def open_torchvision(args):
     """cifar10 or cifar100 -> (training set, test set)."""
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.data]
+    kind = getattr(torchvision.datasets, args.data.upper())
     try:
         sets = [kind(args.data_root, train=train, download=args.download) for train in (True, False)]
     except Exception as error:  # each set and each server fails in its own way
@@ -384,15 +379,15 @@ def open_torchvision(args):
 def open_sets(args):
     """--data -> (training set, val set or None)."""
     if args.data == "shapes":
-        sizes = {"train": SHAPES_TRAIN, "val": SHAPES_VAL}
-        return tuple(Shapes(args.image_size, split, length) for split, length in sizes.items())
+        size = args.image_size
+        return Shapes(size, "train", SHAPES_TRAIN), Shapes(size, "val", SHAPES_VAL)
     if args.data in NAMES:
         return open_torchvision(args)
     path = Path(args.data)
     if path.is_dir():
-        val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-        if (path / "train").is_dir() and val:
-            return open_folder(path / "train"), open_folder(val)
+        for val in ("val", "test"):
+            if (path / "train").is_dir() and (path / val).is_dir():
+                return open_folder(path / "train"), open_folder(path / val)
         return open_folder(path), None
     if path.suffix == ".txt" and path.is_file():
         return open_list(path), None
@@ -404,16 +399,16 @@ def open_sets(args):
 # ------------------------------------------------------------------------------------------------------------
 # Transforms, of uint8 tensors
 # ------------------------------------------------------------------------------------------------------------
+@dataclass
 class ResizeToCover:
-    """Resize (bicubic, the aspect ratio kept) so that image_size is just covered."""
+    """Resize (bicubic, antialiased, the aspect ratio kept) so that image_size is just covered."""
 
-    def __init__(self, image_size):
-        self.image_size = image_size
+    image_size: list
 
     def __call__(self, image):
         scale = max(new / old for new, old in zip(self.image_size, image.shape[-2:]))
         size = [max(new, round(old * scale)) for new, old in zip(self.image_size, image.shape[-2:])]
-        return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
 
 
 def center_crop(image_size):
@@ -422,22 +417,19 @@ def center_crop(image_size):
 
 
 def train_transform(args):
-    """--augment (MAE Table 1e). "random-crop" is MAE's and MixedAE's (Sec. 4.1: "random cropping and
-    flipping")."""
-    height, width = args.image_size
+    """--augment (MAE Table 1e). "random-crop" is MAE's and
+    MixedAE's (Sec. 4.1: "random cropping and flipping")."""
     if args.augment == "none":
         return center_crop(args.image_size)
     if args.augment == "fixed-crop":  # 224 of 256, in proportion
-        larger = [round(height * 256 / 224), round(width * 256 / 224)]
+        larger = [round(side * 256 / 224) for side in args.image_size]
         return v2.Compose([ResizeToCover(larger), v2.RandomCrop(args.image_size), v2.RandomHorizontalFlip()])
+
+    # Crop a share of the image at random, with an aspect ratio of 3/4 to 4/3 times that of image_size.
+    height, width = args.image_size
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)
-    crop = v2.RandomResizedCrop(
-        args.image_size,
-        scale=args.crop_scale,
-        ratio=ratio,
-        interpolation=v2.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
+    bicubic = v2.InterpolationMode.BICUBIC
+    crop = v2.RandomResizedCrop(args.image_size, args.crop_scale, ratio, bicubic)
     steps = [crop, v2.RandomHorizontalFlip()]
     if args.augment == "color-jitter":  # the strengths are MoCo v2's; MAE gives none
         steps.append(v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8))
@@ -447,7 +439,8 @@ def train_transform(args):
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # ------------------------------------------------------------------------------------------------------------
-class TrainDataset(torch.utils.data.Dataset):
+@dataclass
+class TrainDataset:
     """(epoch, i) -> (image uint8 (3, height, width) or None, label, names of broken samples met).
 
     A broken sample is replaced by another one of the same set, drawn from (seed, epoch, i) like the
@@ -455,10 +448,9 @@ class TrainDataset(torch.utils.data.Dataset):
     that is a mask or a dict of objects (dense.py) is transformed together with its image.
     """
 
-    def __init__(self, dataset, transform, seed=0):
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
+    dataset: object
+    transform: object
+    seed: int = 0
 
     def __len__(self):
         return len(self.dataset)
@@ -484,13 +476,13 @@ def collate(samples):
     """Samples -> images (B, 3, height, width) uint8, labels (B,) or masks (B, height, width), names of broken
     ones. With objects, images and labels are lists; if a sample could not be made, both are None."""
     images, labels, broken = zip(*samples)
-    names = [name for names in broken for name in names]
+    names = sum(broken, [])
     if any(image is None for image in images):
         return None, None, names
     if isinstance(labels[0], dict):
         return list(images), list(labels), names
-    stacked = torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels)
-    return torch.stack(images), stacked, names
+    labels = [torch.as_tensor(label) for label in labels]
+    return torch.stack(images), torch.stack(labels), names
 
 
 def share(batch):
@@ -511,7 +503,7 @@ def collate_in_worker(samples):
     return batch
 
 
-class ResumableBatchSampler(torch.utils.data.Sampler):
+class ResumableBatchSampler:
     """The indices [(epoch, i), ...] of each micro-batch of one process, for the steps from `start` to the end
     of the run.
 
@@ -539,13 +531,12 @@ class ResumableBatchSampler(torch.utils.data.Sampler):
         return (self.steps - self.start) * self.shape[1]
 
     def __iter__(self):
-        order, order_epoch = None, None
         for step in range(self.start, self.steps):
             # Shuffle anew in each epoch.
             epoch, k = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
+            if step == self.start or k == 0:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-                order, order_epoch = torch.randperm(self.length, generator=generator), epoch
+                order = torch.randperm(self.length, generator=generator)
 
             # Take this process's share of the step's batch, micro-batch by micro-batch.
             batch = order[k * self.global_batch :][: self.global_batch].view(self.shape)
@@ -557,8 +548,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def ignore_signals(worker):
-    """A signal to the whole group must not take the workers before the training process has saved; it ends
-    them itself."""
+    """A signal to the whole group must not end the workers before the training process has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -639,7 +629,7 @@ def fixed_images(dataset, image_size, count):
     centred -> uint8 (count, 3, height, width); and of `shapes` the masks of the objects, bool (count, height,
     width), else None."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    samples = TrainDataset(dataset, center_crop(image_size), seed=0)  # broken ones are replaced
+    samples = TrainDataset(dataset, center_crop(image_size))  # broken ones are replaced
     images, _ = BrokenImages().count(*collate([samples[0, i] for i in order]))
     masks = torch.stack([dataset.draw(i)["mask"] for i in order]) if isinstance(dataset, Shapes) else None
     return images, masks
@@ -648,27 +638,21 @@ def fixed_images(dataset, image_size, count):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------------------
-COLOURS = [  # of images, runs and layers
-    (0.90, 0.30, 0.24),
-    (0.20, 0.60, 0.86),
-    (0.95, 0.77, 0.06),
-    (0.18, 0.80, 0.44),
-    (0.61, 0.35, 0.71),
-    (0.90, 0.49, 0.13),
-    (0.10, 0.74, 0.61),
-    (0.50, 0.55, 0.55),
+# Of images, runs and layers: red, blue, yellow, green, violet, orange, turquoise, grey.
+COLOURS = [
+    [value / 255 for value in bytes.fromhex(colour)]
+    for colour in ("e54c3d", "3399db", "f2c40f", "2ecc70", "9c59b5", "e57d21", "1abd9c", "808c8c")
 ]
 NOT_CHARTED = {"step", "epoch", "lr", "images_per_s", "data_wait", "memory_mb", "skipped_steps"}
 SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "through_H": "skipped"}
-FONT = ImageFont.load_default(11)
 
 
 def heat_map(maps, images):
-    """maps (B, h, w), not negative -> black-red-yellow-white heat (B, 3, height, width), as large as the
-    images."""
-    heat = maps / maps.amax(dim=(1, 2), keepdim=True)  # (B, h, w) in [0, 1]
-    heat = v2.functional.resize(heat, images.shape[-2:], interpolation=v2.InterpolationMode.NEAREST)
-    return (3 * heat.unsqueeze(1) - torch.arange(3, device=heat.device).view(3, 1, 1)).clamp(0, 1)
+    """maps (B, h, w), not negative -> heat from black over red and yellow to white, (B, 3, height, width), as
+    large as the images."""
+    heat = (maps / maps.amax(dim=(1, 2), keepdim=True)).unsqueeze(1)  # (B, 1, h, w) in [0, 1]
+    heat = F.interpolate(heat, images.shape[-2:])
+    return (3 * heat - channels([0, 1, 2], heat)).clamp(0, 1)
 
 
 def picture_sheet(panels):
@@ -676,48 +660,46 @@ def picture_sheet(panels):
     enlarged if small."""
     # Lay the pictures out on a grid.
     pictures = torch.stack([panel.float().cpu() for panel in panels.values()], dim=1)  # (B, k, 3, ..)
-    pictures = pictures.clamp(0, 1)
     zoom = max(1, round(128 / pictures.shape[-2]))
-    pictures = pictures.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    grid = make_grid(pictures.flatten(0, 1), nrow=len(panels), padding=4, pad_value=1)
+    pictures = F.interpolate(pictures.flatten(0, 1).clamp(0, 1), scale_factor=zoom)
+    grid = make_grid(pictures, nrow=len(panels), padding=4, pad_value=1)
     grid = v2.functional.to_pil_image(grid)
 
     # Write the titles above.
     head = 4 + 15 * max(title.count("\n") + 1 for title in panels)
-    sheet = Image.new("RGB", (grid.width, grid.height + head), "white")
-    sheet.paste(grid, (0, head))
+    sheet = ImageOps.expand(grid, (0, head, 0, 0), "white")
     for i, title in enumerate(panels):
-        ImageDraw.Draw(sheet).text((4 + i * (pictures.shape[-1] + 4), 2), title, fill="black", font=FONT)
+        ImageDraw.Draw(sheet).text((4 + i * (pictures.shape[-1] + 4), 2), title, "black")
     return sheet
 
 
 def line_chart(title, lines):
-    """{name: [(x, y), ...]} -> a PIL image with the extremes of both axes and a legend of three columns."""
-    # Find the ranges.
-    xs, ys = np.concatenate([np.array(line, dtype=float) for line in lines.values()]).T
-    width, left, top = 420, 50, 28 + 14 * math.ceil(len(lines) / 3)
-    bottom = top + 194
-    chart = Image.new("RGB", (width, bottom + 26), "white")
+    """{name: [(x, y), ...]} -> a PIL image with the extremes of both axes and a legend of two columns."""
+    # Find the ranges, and where the axes lie: pairs of x and y.
+    points = np.concatenate([np.array(line, dtype=float) for line in lines.values()])
+    low, high = points.min(axis=0), points.max(axis=0)
+    top = 28 + 14 * math.ceil(len(lines) / 2)  # below the legend
+    origin, size = np.array([50, 236]), np.array([355, top - 236])
+    chart = Image.new("RGB", (420, 262), "white")
     draw = ImageDraw.Draw(chart)
 
-    def place(x, y):
-        across = (x - xs.min()) / max(np.ptp(xs), 1e-9)
-        up = (y - ys.min()) / max(np.ptp(ys), 1e-9)
-        return left + across * (width - left - 15), bottom - up * (bottom - top)
+    def place(point):
+        return tuple(origin + size * (np.array(point) - low) / np.maximum(high - low, 1e-9))
 
     # Draw the axes.
-    draw.text((left, 4), title, fill="black", font=FONT)
+    draw.text((50, 4), title, "black")
     for part in (0, 0.5, 1):
-        x, y = xs.min() + part * np.ptp(xs), ys.min() + part * np.ptp(ys)
-        draw.line([place(xs.min(), y), place(xs.max(), y)], fill="lightgrey")
-        draw.text((left - 6, place(x, y)[1]), f"{y:.3g}", fill="black", anchor="rm", font=FONT)
-        draw.text((place(x, y)[0], bottom + 6), f"{x:.3g}", fill="black", anchor="ma", font=FONT)
+        x, y = low + part * (high - low)
+        across, up = place((x, y))
+        draw.line([(50, up), (405, up)], "lightgrey")
+        draw.text((44, up), f"{y:.3g}", "black", anchor="rm")
+        draw.text((across, 242), f"{x:.3g}", "black", anchor="ma")
 
     # Draw the lines and their names.
     for i, (name, line) in enumerate(lines.items()):
         colour = tuple(int(255 * c) for c in COLOURS[i % len(COLOURS)])
-        draw.line([place(*point) for point in line], fill=colour, width=2)
-        draw.text((left + i % 3 * (width - left) / 3, 20 + 14 * (i // 3)), name, fill=colour, font=FONT)
+        draw.line([place(point) for point in line], colour, width=2)
+        draw.text((50 + 185 * (i % 2), 20 + 14 * (i // 2)), name, colour)
     return chart
 
 
@@ -726,55 +708,58 @@ def read_log(folder):
     path, rows = Path(folder) / "log.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+            rows.append(json.loads(line))
     return rows
 
 
 def curves(folders):
     """The logs of run folders, to compare them -> one PIL image: each number against the epoch (MixedAE Fig.
     6b), each list, as the last row has it, against the layer (Fig. 6a). None if no log has two rows."""
-    charts = {}  # title -> {line: [(x, y), ...]}
-    names = [Path(folder).name for folder in folders]
-    for folder, name in zip(folders, names):
+    charts = defaultdict(lambda: defaultdict(list))  # title -> name of a line -> [(x, y), ...]
+    for folder in folders:
         rows = read_log(folder)
-        run = name if names.count(name) == 1 else str(folder)
+        run = "/".join(Path(folder).parts[-2:])
         for row in rows if len(rows) > 1 else ():
-            for key in row.keys() - NOT_CHARTED:
-                values = row[key] if isinstance(row[key], list) else [row[key]]
-                if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            for key in sorted(row.keys() - NOT_CHARTED):
+                values = np.array(row[key], dtype=float)  # () or (layers,)
+                if not np.isfinite(values).all():
                     continue
                 title = SAME_CHART.get(key, key)
                 line = run if title == key else f"{run} {key}"
-                if isinstance(row[key], list):
-                    charts.setdefault(f"{key}, last row, against the layer", {})[line] = list(
-                        enumerate(values, 1)
-                    )
+                if values.ndim:
+                    points = list(enumerate(values, start=1))
+                    charts[f"{key}, last row, against the layer"][line] = points
                 else:
-                    lines = charts.setdefault(f"{title} against the epoch", {})
-                    lines.setdefault(line, []).append((row["epoch"], row[key]))
+                    charts[f"{title} against the epoch"][line].append((row["epoch"], values))
     if not charts:
         return None
 
     # Put the charts side by side, three in a row, the loss first.
     order = sorted(charts, key=lambda title: (not title.startswith("loss "), title))
     tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title])) for title in order]
-    height = max(tile.shape[1] for tile in tiles)
-    tiles = [v2.functional.pad(tile, [0, 0, 0, height - tile.shape[1]], fill=255) for tile in tiles]
     return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A run's folder. Only rank 0 has one.
 # ------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def writing(path):
+    """What goes wrong while a file is written is a UserError of code 1."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"{path} could not be written ({one_line(error)})", code=1) from None
+
+
 class RunFolder:
     """args.json, log.jsonl, checkpoint.pt, encoder.pt and pictures/, written so that a kill or a full disk
-    harms none of them. What cannot be written is a UserError of code 1."""
+    harms none of them."""
+
+    failed = False  # whether a save failed: then the program ends with code 1
 
     def __init__(self, path):
         self.path = Path(path)
-        self.failed = False  # whether a save failed: then the program ends with code 1
         try:
             (self.path / "pictures").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
@@ -785,34 +770,25 @@ class RunFolder:
         try:
             # The system frees the lock when this process dies, in whatever way.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             raise UserError(
                 f"--out {path}: another process is training in this folder; stop it or choose another folder"
             ) from None
-        except OSError as error:
-            reason = (
-                f"warning: {path} cannot be locked ({error.strerror}); see to it that no second run uses it"
-            )
-            print(reason, file=sys.stderr)
+        except OSError:
+            print(f"warning: {path} cannot be locked; let no second run use it", file=sys.stderr)
 
     def write(self, name, write):
         """write(file) into a temporary file, then rename it: the old file survives whatever happens."""
         temporary, path = self.path / f"{name}.tmp", self.path / name
         try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise UserError(
-                f"{path} could not be written ({one_line(error)}); the old one stays", code=1
-            ) from None
+            with writing(path):
+                with open(temporary, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def write_text(self, name, text):
         self.write(name, lambda file: file.write(text.encode()))
@@ -822,26 +798,21 @@ class RunFolder:
 
     def write_args(self, args, argv):
         """args.json: the flags, and what else one needs to repeat the run."""
-        commit = None
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-            words = ["git", "rev-parse", "HEAD"]
-            where = Path(__file__).parent
-            commit = subprocess.check_output(words, cwd=where, stderr=subprocess.DEVNULL, text=True).strip()
+        commit = ""  # stays so where there is no git, or no repository
+        words = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
         command = shlex.join([Path(sys.argv[0]).name, *argv])
         facts = {**vars(args), "torch": torch.__version__, "command": command, "commit": commit}
         self.write_text("args.json", json.dumps(facts, indent=1))
 
     def log(self, row):
         """Append a row to log.jsonl."""
-        try:
-            with open(self.path / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            reason = f"{self.path / 'log.jsonl'} could not be written ({error.strerror})"
-            raise UserError(reason, code=1) from None
+        path = self.path / "log.jsonl"
+        with writing(path), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def cut_log(self, step):
-        """Drop the rows after `step`, which a resumed run writes again, and a last line that a kill cut
-        short."""
+        """Drop the rows after `step`, which a resumed run writes again, and lines that were cut short."""
         rows = [json.dumps(row) + "\n" for row in read_log(self.path) if row["step"] <= step]
         self.write_text("log.jsonl", "".join(rows))

@@ -1,5 +1,5 @@
-"""What a pre-trained encoder is worth where every pixel counts: semantic segmentation, and detection with
-masks.
+"""What a pre-trained encoder is worth where every pixel
+counts: semantic segmentation, and detection with masks.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> finetune -> **dense**.
 
@@ -33,19 +33,17 @@ Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2.
     - Detection is torchvision's Mask R-CNN: see `Detector`. Not here: Cascade Mask R-CNN (MixedAE Sec. 4.3,
       CAE Table 7), ViTDet's window attention, and the second augmentation of CAE's code (resize, crop,
       resize), which its paper does not mention.
-    - best.pt is the epoch that is best on the test set: an optimistic number. results.json has the last
-      epoch's too.
+    - best.pt is the epoch that is best on the test set: an
+      optimistic number. results.json has the last epoch's too.
 """
 
 import argparse
-import contextlib
-import functools
-import io
 import json
 import math
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +54,9 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 from torchvision import tv_tensors
+from torchvision.models import detection
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, masks_to_boxes
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -77,11 +70,10 @@ from data import (
     SHAPES,
     SHAPES_TRAIN,
     SHAPES_VAL,
-    SUFFIXES,
+    ImageFiles,
     RunFolder,
     Shapes,
     TrainDataset,
-    decode,
     normalize,
     open_folder,
     picture_sheet,
@@ -99,17 +91,17 @@ from finetune import (
     open_encoder,
     read_batches,
     replace_args,
+    run_task,
     start_testing,
     write_confusion,
-    write_results,
+    write_numbers,
 )
 from train import (
-    Parser,
     add_run_args,
     create_run,
     facts_of,
+    first_phase,
     inference,
-    run_loop,
     run_program,
     share_of_batch,
 )
@@ -138,14 +130,18 @@ def tapped_blocks(depth):
 
 class MultiScaleNeck(nn.Module):
     """Four maps (B, D, h, w) of a ViT with patches of 16 pixels -> maps of strides 4, 8, 16 and 32 (BEiT's
-    and CAE's code). For UperNet and for Mask R-CNN with --neck fpn."""
+    and CAE's code). For UperNet and for Mask R-CNN with --neck fpn.
 
-    def __init__(self, width):
+    narrowing: whether each doubling of the size halves the width, as in ViTDet; see `SimplePyramid`.
+    """
+
+    def __init__(self, width, narrowing=False, norm=nn.BatchNorm2d):
         super().__init__()
-        up = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
-        four_times = nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up())
-        half = nn.MaxPool2d(2, ceil_mode=True)
-        self.by_stride = nn.ModuleList([four_times, up(), nn.Identity(), half])
+        half, quarter = (width // 2, width // 4) if narrowing else (width, width)
+        up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        four_times = nn.Sequential(up(width, half), norm(half), nn.GELU(), up(half, quarter))
+        coarser = nn.MaxPool2d(2, ceil_mode=True)
+        self.by_stride = nn.ModuleList([four_times, up(width, half), nn.Identity(), coarser])
 
     def forward(self, maps):
         return [scale(x) for scale, x in zip(self.by_stride, maps)]
@@ -161,16 +157,15 @@ def resize_like(x, other):
 
 
 class UperHead(nn.Module):
-    """UperNet's head: four maps (B, D, ..) of strides 4 to 32 -> scores (B, classes, ..) of the finest
-    one."""
+    """UperNet's head: four maps (B, D, ..) of strides 4 to 32 -> scores (B, classes, ..), stride 4."""
 
-    def __init__(self, width, channels, classes, pools=(1, 2, 3, 6)):
+    def __init__(self, width, channels, classes):
         super().__init__()
         layer = Conv2dNormActivation  # a convolution, BatchNorm, ReLU
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), layer(width, channels, 1)) for size in pools
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), layer(width, channels, 1)) for size in (1, 2, 3, 6)
         )
-        self.bottleneck = layer(width + len(pools) * channels, channels, 3)
+        self.bottleneck = layer(width + 4 * channels, channels, 3)
         self.lateral = nn.ModuleList(layer(width, channels, 1) for _ in range(3))
         self.smooth = nn.ModuleList(layer(channels, channels, 3) for _ in range(3))
         self.fuse = layer(4 * channels, channels, 3)
@@ -237,8 +232,7 @@ class Segmenter(nn.Module):
 
         # Score the places of the maps.
         if self.frozen:
-            with torch.no_grad():
-                patches = self.encoder.features(images)["patches"]  # (B, L, D)
+            patches = self.encoder.features(images)["patches"]  # (B, L, D)
             h = images.shape[-2] // p
             scores = [self.head(rearrange(patches, "b (h w) d -> b d h w", h=h))]
         else:
@@ -268,11 +262,11 @@ def segment_image(model, image, window):
     of the given size, two thirds of it apart."""
     sides = image.shape[-2:]
     total = torch.zeros(1, model.classes, *sides, device=image.device)
-    count = torch.zeros(1, 1, *sides, device=image.device)
+    count = torch.zeros_like(total)
 
     # The last window of a row or column ends at the edge.
     tops, lefts = (
-        sorted({min(start, max(side - size, 0)) for start in range(0, side, max(1, size * 2 // 3))})
+        sorted({min(start, max(side - size, 0)) for start in range(0, side, size * 2 // 3)})
         for side, size in zip(sides, window)
     )
     for top in tops:
@@ -298,30 +292,22 @@ def segmentation_metrics(matrix):
 # ------------------------------------------------------------------------------------------------------------
 # Detection with instance masks: torchvision's Mask R-CNN (He et al., ICCV 2017) on a ViT
 # ------------------------------------------------------------------------------------------------------------
-class SimplePyramid(nn.Module):
+class SimplePyramid(MultiScaleNeck):
     """The neck of ViTDet (Li et al., ECCV 2022), which MR-MAE Sec. 4.2 follows: the map (B, D, h, w) of the
     last block, four times -> maps (B, width, ..) of strides 4, 8, 16 and 32 (for patches of 16 pixels), each
     made by itself."""
 
     def __init__(self, D, width):
-        super().__init__()
         norm = partial(LayerNorm2d, eps=1e-6)
-        up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-        four_times = nn.Sequential(up(D, D // 2), norm(D // 2), nn.GELU(), up(D // 2, D // 4))
-        self.by_stride = nn.ModuleList([four_times, up(D, D // 2), nn.Identity(), nn.MaxPool2d(2)])
+        super().__init__(D, narrowing=True, norm=norm)
+        layer = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
         self.lateral = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels, width, 1, bias=False),
-                norm(width),
-                nn.Conv2d(width, width, 3, padding=1, bias=False),
-                norm(width),
-            )
+            nn.Sequential(*layer(channels, width, 1), *layer(width, width, 3))
             for channels in (D // 4, D // 2, D, D)
         )
 
     def forward(self, maps):
-        scaled = [scale(x) for scale, x in zip(self.by_stride, maps)]
-        return [lateral(x) for lateral, x in zip(self.lateral, scaled)]
+        return [lateral(x) for lateral, x in zip(self.lateral, super().forward(maps))]
 
 
 class Pyramid(nn.Module):
@@ -356,14 +342,14 @@ class Pyramid(nn.Module):
         return {name: x.float() for name, x in maps.items()}
 
 
-class DetectorTransform(GeneralizedRCNNTransform):
+class DetectorTransform(detection.transform.GeneralizedRCNNTransform):
     """What a Detector does with its images first: normalise, in testing resize, pad to one size that
     `size_divisible` divides. torchvision's own resizes without antialiasing, which training images have."""
 
     def resize(self, image, target=None):
         if self.training:
             return image, target  # ObjectTransform has resized it
-        return rescale(image, target, fit(image, self.min_size[0], self.max_size))
+        return ShortestSize(self.min_size, self.max_size)(image, target)
 
 
 def decode_fp32(decode, codes, boxes):
@@ -371,7 +357,7 @@ def decode_fp32(decode, codes, boxes):
     return decode(codes.float(), boxes)
 
 
-class Detector(MaskRCNN):
+class Detector(detection.MaskRCNN):
     """--task detect: Mask R-CNN on an encoder. With targets forward(images, targets) -> loss (), its five
     terms; without, forward(images) -> for each image a dict of "boxes" (N, 4), "labels" (N,), "scores" (N,)
     and "masks" (N, 1, height, width) in [0, 1]. images: a list of (3, height, width) in [0, 1] of any size.
@@ -395,19 +381,19 @@ class Detector(MaskRCNN):
         # Build it. Anchors are 8 times the stride of their map: 32 to 512 pixels with patches of 16.
         super().__init__(
             Pyramid(encoder, args.neck, width),
-            rpn_anchor_generator=AnchorGenerator(
-                tuple((2 * p * 2**i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5
+            rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
+                [2 * p, 4 * p, 8 * p, 16 * p, 32 * p], (0.5, 1.0, 2.0)
             ),
-            rpn_head=RPNHead(width, 3, conv_depth=1 if is_fpn else 2),  # as CAE's code and ViTDet
+            rpn_head=detection.rpn.RPNHead(width, 3, conv_depth=1 if is_fpn else 2),  # CAE's code; ViTDet
             rpn_pre_nms_top_n_train=2 * args.proposals,
             rpn_post_nms_top_n_train=2 * args.proposals,
             rpn_pre_nms_top_n_test=args.proposals,
             rpn_post_nms_top_n_test=args.proposals,
             box_batch_size_per_image=args.rois,
-            box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm),
-            box_predictor=FastRCNNPredictor(4 * width, classes + 1),
-            mask_head=MaskRCNNHeads(width, [width] * 4, 1, None if is_fpn else norm),
-            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
+            box_head=detection.faster_rcnn.FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
+            mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1, None if is_fpn else norm),
+            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, classes + 1),
         )
         self.transform = DetectorTransform(
             min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p
@@ -441,15 +427,16 @@ class Detector(MaskRCNN):
 def coco_results(found, image_id, category_ids):
     """What a Detector found in an image -> rows of COCO's format of results: bbox is x, y, width, height; a
     mask is a run-length encoding (RLE)."""
+    boxes = box_convert(found["boxes"].double(), "xyxy", "xywh")
+    masks = (found["masks"][:, 0] > 0.5).numpy()  # (N, height, width)
     rows = []
-    for i, (x0, y0, x1, y1) in enumerate(found["boxes"].tolist()):
-        mask = (found["masks"][i, 0] > 0.5).numpy()  # (height, width)
+    for box, label, score, mask in zip(boxes, found["labels"], found["scores"], masks):
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         row = {
             "image_id": image_id,
-            "category_id": category_ids[found["labels"][i] - 1],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": found["scores"][i].item(),
+            "category_id": category_ids[label - 1],
+            "bbox": box.tolist(),
+            "score": score.item(),
             "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
         }
         rows.append(row)
@@ -461,10 +448,10 @@ def detection_metrics(truth, rows):
     .._medium, .._large and the same of masks, in per cent; a size that no object has does not count."""
     metrics = {}
     keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        # Without its bbox a row's area is that of its mask.
-        own = [{key: row[key] for key in row if kind == "bbox" or key != "bbox"} for row in rows]
-        with quiet():
+    for name, kind, other in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
+        # Copy the rows, for pycocotools writes into them. Without its bbox a row's area is that of its mask.
+        own = [{key: row[key] for key in row.keys() - {other}} for row in rows]
+        with redirect_stdout(None):  # pycocotools prints
             found = truth.loadRes(own) if own else coco.COCO()
             evaluation = cocoeval.COCOeval(truth, found, kind)
             evaluation.evaluate()
@@ -498,12 +485,12 @@ def step_lr(epoch, lr, warmup_epochs, epochs, min_lr):
 # ------------------------------------------------------------------------------------------------------------
 # Tasks: how a batch becomes a model's input, how an image is tested, and by what numbers
 # ------------------------------------------------------------------------------------------------------------
+@dataclass
 class DenseEvalDataset(torch.utils.data.Dataset):
     """(epoch, i) -> (image and truth as they are, broken names), for testing. Of a broken sample both are
     None, as `collate` knows them."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    dataset: object
 
     def __len__(self):
         return len(self.dataset)
@@ -516,64 +503,70 @@ class DenseEvalDataset(torch.utils.data.Dataset):
             return None, None, [str(error) if isinstance(error, UserError) else self.dataset.name(i)]
 
 
-def each_test_image(task, consequence):
-    """(i, image, truth) of the test images of this process. Each is looked at by itself, so no result depends
-    on the number of processes. A broken one is named, with the consequence, and left out."""
-    mine = range(dist.get_rank(), len(task.test_set), dist.get_world_size())
-    start_testing(task.model)
-    samples, chunks = DenseEvalDataset(task.test_set), [[i] for i in mine]
-    batches = read_batches(samples, chunks, task.args, task.device, consequence)
-    for i, (images, truths) in zip(mine, batches):
-        if images is not None:
-            yield i, images[0], truths[0]
-    task.model.train()
-
-
-def finished_run(task):
-    """What best.pt holds: all that --evaluate needs."""
-    return {
-        "model": task.model.state_dict(),
-        "config": task.model.encoder.config,
-        "info": task.info,
-        "args": vars(task.args),
-        "classes": list(task.test_set.classes),
-        "category_ids": getattr(task.test_set, "category_ids", None),
-        "metric": task.metric,
-    }
-
-
-def test_epoch(task, run, epoch_ends):
-    """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
-    if not epoch_ends:
-        return {}
-    metrics = task.metrics(task.find())
-    keep_best(run, metrics[task.metric], partial(finished_run, task))
-    return metrics
-
-
-def test_results(task, folder):
-    """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
-    found = task.find()
-    if folder:
-        task.write(folder, found)
-    return task.metrics(found)
-
-
 @dataclass
-class Segmentation:
-    """A Segmenter, and the scenes that it is tested on."""
+class Task:
+    """A model, the images that it is tested on, and what both tasks do alike."""
 
     args: argparse.Namespace
-    model: Segmenter
+    model: nn.Module
     info: dict  # of the encoder: mean and std
     device: torch.device
     test_set: object
 
+    def each_image(self, consequence, ids=None):
+        """(i, image, truth) of the test images with these ids; without ids of the consecutive ones that are
+        this process's share, with the model ready for testing. Each is looked at by itself, so no result
+        depends on the number of processes. A broken one is named, with the consequence, and left out."""
+        if ids is None:
+            start_testing(self.model)
+            shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
+            ids = shares[dist.get_rank()].tolist()
+        samples, device = DenseEvalDataset(self.test_set), torch.device("cpu")
+        batches = read_batches(samples, [[i] for i in ids], self.args, device, consequence)
+        for i, (images, truths) in zip(ids, batches):
+            if images is not None:
+                yield i, images[0], truths[0]
+
+    def test(self, run, epoch_ends):
+        """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
+        if not epoch_ends:
+            return {}
+        metrics = self.results(folder=None)
+        keep_best(run, metrics[self.metric], self.finished)
+        self.model.train()
+        return metrics
+
+    def finished(self):
+        """What best.pt holds: all that --evaluate needs."""
+        return {
+            "model": self.model.state_dict(),
+            "config": self.model.encoder.config,
+            "info": self.info,
+            "args": vars(self.args),
+            "classes": self.test_set.classes,
+            "category_ids": getattr(self.test_set, "category_ids", None),
+            "metric": self.metric,
+        }
+
+    def draw_examples(self, folder, name):
+        """pictures/NAME: image, truth if it is known, and prediction of up to eight test images."""
+        count, rows = len(self.test_set), []
+        for _, image, truth in self.each_image("it is not drawn", range(0, count, math.ceil(count / 8))):
+            row = {"image": squared(image)}
+            if not self.args.predict:
+                row["truth"] = self.paint(image, truth)
+            row["prediction"] = self.paint(image, self.predict(image))
+            rows.append(row)
+        if rows:
+            panels = {title: torch.stack([row[title] for row in rows]) / 255 for title in rows[0]}
+            folder.write_picture(name, picture_sheet(panels))
+
+
+class Segmentation(Task):
+    """A Segmenter, and the scenes that it is tested on."""
+
     metric = "miou"  # chooses best.pt
-    metrics = staticmethod(segmentation_metrics)
     schedule = staticmethod(linear_lr)
-    test = test_epoch
-    results = test_results
 
     def prepare(self, images, masks=None):
         """A batch -> what the model is called with."""
@@ -582,30 +575,33 @@ class Segmentation:
     def predict(self, image):
         """uint8 (3, height, width) -> classes (height, width), from the image with its short side resized to
         the crop's, through windows of the crop's size or at once."""
-        small = v2.functional.resize(image, [min(self.args.image_size)])
-        small, _ = self.prepare(small.unsqueeze(0).to(self.device))
+        small = v2.functional.resize(image.to(self.device), [min(self.args.image_size)])
+        small, _ = self.prepare(small[None])
         window = small.shape[-2:] if self.args.window == "whole" else self.args.image_size
         with inference(self.args, self.device):
             scores = segment_image(self.model, small, window)
         return resize_like(scores, image).argmax(dim=1)[0]
 
-    def find(self):
-        """The confusion matrix (classes, classes) of all test pixels, rows the truth."""
-        classes = len(self.test_set.classes)
-        matrix = torch.zeros(classes, classes, dtype=torch.long, device=self.device)
-        for _, image, truth in each_test_image(self, "it does not count"):
+    def results(self, folder):
+        """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
+        # Count how often class i was taken for class j, over all test pixels.
+        classes = self.test_set.classes
+        matrix = torch.zeros(len(classes), len(classes), dtype=torch.long, device=self.device)
+        for _, image, truth in self.each_image("it does not count"):
+            truth = truth.to(self.device).long()
             counts = truth != IGNORE
-            matrix += confusion_matrix(self.predict(image)[counts], truth[counts].long(), classes)
+            matrix += confusion_matrix(self.predict(image)[counts], truth[counts], len(classes))
         dist.all_reduce(matrix)
         if not matrix.any():
             raise UserError(
                 f"--data {self.args.data}: no pixel of its test images counts; are all ignored, or broken?"
             )
-        return matrix.cpu()
 
-    def write(self, folder, matrix):
-        write_confusion(folder, matrix, self.test_set.classes)
-        draw_examples(self, folder, "segmentation.png")
+        # Write, and summarise.
+        if folder:
+            write_confusion(folder, matrix, classes)
+            self.draw_examples(folder, "segmentation.png")
+        return segmentation_metrics(matrix.cpu())
 
     def paint(self, image, classes):
         """Classes (height, width) as a picture; what is ignored is black."""
@@ -613,26 +609,17 @@ class Segmentation:
 
     def predict_files(self, root, folder):
         """--predict: masks with the files' names, in which k is the class in line k of classes.txt."""
-        for i, image, _ in each_test_image(self, "it gets no mask"):
-            mask = Image.fromarray((1 + self.predict(image)).to(torch.uint8).cpu().numpy())
+        for i, image, _ in self.each_image("it gets no mask"):
+            mask = Image.fromarray((1 + self.predict(image)).byte().cpu().numpy())
             name = Path(self.test_set.name(i)).relative_to(root).with_suffix(".png")
             mask.save(Path(self.args.out, "-".join(name.parts)))
 
 
-@dataclass
-class Detection:
+class Detection(Task):
     """A Detector, and the images that it is tested on."""
-
-    args: argparse.Namespace
-    model: Detector
-    info: dict  # of the encoder: mean and std
-    device: torch.device
-    test_set: object
 
     metric = "box_ap"  # chooses best.pt
     schedule = staticmethod(step_lr)
-    test = test_epoch
-    results = test_results
 
     def prepare(self, images, targets):
         """A batch -> what the model is called with. The Detector normalises."""
@@ -645,21 +632,24 @@ class Detection:
         return {name: value.cpu() for name, value in found.items()}
 
     def find(self):
-        """What is found in all test images, as rows of COCO's format of results."""
-        mine, ids = {}, self.test_set.image_ids
-        for i, image, _ in each_test_image(self, "nothing is found in it"):
-            mine[i] = coco_results(self.predict(image), ids[i], self.test_set.category_ids)
+        """What is found in all test images, in their order, as rows of COCO's format of results."""
+        mine, ids = [], self.test_set.image_ids
+        for i, image, _ in self.each_image("nothing is found in it"):
+            mine += coco_results(self.predict(image), ids[i], self.test_set.category_ids)
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
-        found = {i: rows for part in parts for i, rows in part.items()}
-        return [row for i in sorted(found) for row in found[i]]
+        return sum(parts, [])
 
-    def metrics(self, rows):
+    def results(self, folder):
+        """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
+        rows = self.find()
+        if folder:
+            self.write(folder, rows)
         return detection_metrics(self.test_set.truth, rows)
 
     def write(self, folder, rows):
         folder.write_text("predictions.json", json.dumps(rows))
-        draw_examples(self, folder, "detection.png")
+        self.draw_examples(folder, "detection.png")
 
     def paint(self, image, target):
         """Masks, boxes and names of objects on their image; of found ones those with a score above .5."""
@@ -680,9 +670,9 @@ class Detection:
         """--predict: predictions.json, COCO's format of results. An image whose name is a number, as COCO's
         are, goes by that number, any other by its path in the folder. categories.json names the classes."""
         paths = [Path(path).relative_to(root) for path in self.test_set.paths]
-        names = [str(path.with_suffix("")) for path in paths]
-        ids = [int(name) if name.isdecimal() else str(path) for name, path in zip(names, paths)]
-        self.test_set.image_ids = ids
+        self.test_set.image_ids = [
+            int(path.stem) if str(path.with_suffix("")).isdecimal() else str(path) for path in paths
+        ]
         rows = self.find()
         if folder:
             self.write(folder, rows)
@@ -704,13 +694,20 @@ def build_model(encoder, saved, args):
     return Detector(encoder, args, saved["info"], len(saved["classes"]))
 
 
-def train_task(args, argv, device):
-    """Train and test on one set -> exit code."""
+def program(args, argv, device):
+    """Train and test on one set, or evaluate a finished run -> exit code."""
+    if args.evaluate:
+        return evaluate(args, device)
+
     # Open the encoder and the data. Every process starts from the same random encoder, if it is one.
     torch.manual_seed(args.seed)
     encoder, info, _ = open_encoder(args)
-    out = args.out or f"runs/{info['method']}-{args.task}-{Path(args.data).name}"
-    args = replace_args(args, method=info["method"], image_size=encoder.config["image_size"], out=out)
+    args = replace_args(
+        args,
+        method=info["method"],
+        image_size=encoder.config["image_size"],
+        out=args.out or f"runs/{info['method']}-{args.task}-{Path(args.data).name}",
+    )
     train_set, test_set = open_set(args, "train"), open_set(args, "val")
     if train_set.classes != test_set.classes:
         raise UserError(f"--data {args.data}: its training and test files have different categories")
@@ -747,46 +744,44 @@ def train_task(args, argv, device):
         f"{args.task} with {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} test "
         f"images, {len(test_set.classes)} classes, {task.metric}"
     )
-    code = run_loop(run, argv, header, samples, task.test)
-
-    # Write the results.
-    if code or run.state["step"] < run.batches.steps:
-        return code
-    return write_results(run, task, task.metric)[0]
+    return run_task(run, argv, header, samples, task)[0]
 
 
-def evaluate(args, argv, device):
+def evaluate(args, device):
     """--evaluate: the numbers of a finished run on its own test set or on --data's, or with --predict what it
     finds in the images of a folder -> exit code."""
     # Load the run; its task and sizes are its own.
     model, saved = load_finished(args.evaluate[0], device, build_model)
-    own, out = saved["args"], args.out or "runs/evaluate"
-    data = args.data or own["data"]
-    window = getattr(args, "window", None) or own.get("window")
+    own = saved["args"]
     args = replace_args(
-        args, data=data, image_size=own["image_size"], out=out, task=own["task"], window=window
+        args,
+        data=args.data or own["data"],
+        image_size=own["image_size"],
+        out=args.out or "runs/evaluate",
+        task=own["task"],
+        window=getattr(args, "window", None) or own.get("window"),
     )
-    folder = RunFolder(out) if dist.get_rank() == 0 else None
+    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
 
     # Open the images.
-    test_set = open_folder(args.predict) if args.predict else open_set(args, "val")
     if args.predict:
+        test_set = open_folder(args.predict)
         test_set.classes, test_set.category_ids = saved["classes"], saved["category_ids"]
+    else:
+        test_set = open_set(args, "val")
     if test_set.classes != saved["classes"]:
-        raise UserError(f"--data {data}: has other classes than {args.evaluate[0]} was trained on")
+        raise UserError(f"--data {args.data}: has other classes than {args.evaluate[0]} was trained on")
     task = TASKS[args.task](args, model, saved["info"], device, test_set)
 
     # Predict, or test.
     if args.predict:
         task.predict_files(args.predict, folder)
-        print_rank0(f"{out}: what is found in {len(test_set)} images of {args.predict}")
+        print_rank0(f"{args.out}: what is found in {len(test_set)} images of {args.predict}")
         return 0
     results = task.results(folder)
     if folder:
-        folder.write_text("results.json", json.dumps(results, indent=1))
-    shown = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
-    print_rank0(f"{args.evaluate[0]} on {data}: {shown}")
+        write_numbers(folder, f"{args.evaluate[0]} on {args.data}", results)
     return 0
 
 
@@ -801,6 +796,7 @@ DEFAULTS = {
         warmup_epochs=0.5,
         layer_decay=0.65,
         drop_path=0.1,
+        image_size=None,
     ),
     "detect": dict(
         epochs=1,
@@ -816,26 +812,19 @@ DEFAULTS = {
 
 def parse_args(argv=None):
     """Flags -> args. Two phases, --task first, because each task has flags and defaults of its own."""
-    # Find the task.
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = Parser(prog="dense.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--task", choices=TASKS, default="segment", help="what the encoder is to do")
-    task = first.parse_known_args(argv)[0].task
+    task, parser = first_phase("dense.py", "task", TASKS, "segment", "what the encoder is to do", argv)
 
     # Collect its flags.
-    parser = Parser(
-        prog=f"dense.py --task {task}",
-        parents=[first],
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
     add_encoder_args(parser)
     add_run_args(parser)
     add_size_args(parser, decoder=False)
     add = parser.add_argument_group(task).add_argument
-    layout = "ADE20K" if task == "segment" else "COCO"
-    add("--data", help=f"shapes, or a folder in {layout}'s layout [shapes; with --evaluate the run's own]")
+    add(
+        "--data",
+        help="shapes, or a folder in the layout of ADE20K (segment) or of COCO (detect) [shapes; with "
+        "--evaluate the run's own]",
+    )
     add(
         "--head-width",
         type=size_int,
@@ -852,9 +841,56 @@ def parse_args(argv=None):
         type=bounded(float, 0, 0.99),
         help="stochastic depth of the last block, rising linearly from 0 in the first",
     )
-    add_task_args = add_segment_args if task == "segment" else add_detect_args
-    add_task_args(add)
-    parser.set_defaults(**{"image_size": None, "patch_size": None, "size": None, **DEFAULTS[task]})
+    if task == "segment":
+        add(
+            "--head",
+            choices=("uper", "linear"),
+            default="uper",
+            help="UperNet, everything trained; or a linear layer on the patches of the frozen encoder",
+        )
+        add(
+            "--scale",
+            type=bounded(float, 0.01, 100),
+            nargs=2,
+            default=[0.5, 2.0],
+            metavar=("MIN", "MAX"),
+            help="training images are resized to this much of the crop, at random",
+        )
+        add(
+            "--window",
+            choices=("slide", "whole"),
+            help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once "
+            "[slide; with --evaluate as the run]",
+        )
+    else:
+        add(
+            "--neck",
+            choices=("fpn", "simple"),
+            default="fpn",
+            help="maps of four strides from four blocks, then FPN (CAE); or all from the last block (ViTDet, "
+            "MR-MAE)",
+        )
+        add(
+            "--resize",
+            choices=("multi-scale", "jitter"),
+            default="multi-scale",
+            help="training images: short side .6 to 1 of the smaller --image-size (CAE: 480 to 800), "
+            "long side at most the larger; or .1 to 2 of --image-size, then a crop of it (ViTDet). Test "
+            "images: short side the smaller --image-size, long side at most the larger",
+        )
+        add(
+            "--proposals",
+            type=positive_int,
+            default=100,
+            help="boxes that the first stage hands on, in training twice as many (ours; torchvision: 1000)",
+        )
+        add(
+            "--rois",
+            type=bounded(int, 4, 65536),
+            default=32,
+            help="of these, boxes of an image that the heads learn from (ours; detectron2: 512)",
+        )
+    parser.set_defaults(patch_size=None, size=None, **DEFAULTS[task])
 
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
@@ -873,59 +909,6 @@ def parse_args(argv=None):
     return args
 
 
-def add_segment_args(add):
-    add(
-        "--head",
-        choices=("uper", "linear"),
-        default="uper",
-        help="UperNet, everything trained; or a linear layer on the patches of the frozen encoder",
-    )
-    add(
-        "--scale",
-        type=bounded(float, 0.01, 100),
-        nargs=2,
-        default=[0.5, 2.0],
-        metavar=("MIN", "MAX"),
-        help="training images are resized to this much of the crop, at random",
-    )
-    add(
-        "--window",
-        choices=("slide", "whole"),
-        help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once "
-        "[slide; with --evaluate as the run]",
-    )
-
-
-def add_detect_args(add):
-    add(
-        "--neck",
-        choices=("fpn", "simple"),
-        default="fpn",
-        help="maps of four strides from four blocks, then FPN (CAE); or all from the last block (ViTDet, "
-        "MR-MAE)",
-    )
-    add(
-        "--resize",
-        choices=("multi-scale", "jitter"),
-        default="multi-scale",
-        help="training images: short side .6 to 1 of the smaller --image-size (CAE: 480 to 800), long side "
-        "at most the larger; or .1 to 2 of --image-size, then a crop of it (ViTDet). Test images: short side "
-        "the smaller --image-size, long side at most the larger",
-    )
-    add(
-        "--proposals",
-        type=positive_int,
-        default=100,
-        help="boxes that the first stage hands on, in training twice as many (ours; torchvision: 1000)",
-    )
-    add(
-        "--rois",
-        type=bounded(int, 4, 65536),
-        default=32,
-        help="of these, boxes of an image that the heads learn from (ours; detectron2: 512)",
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 # ------------------------------------------------------------------------------------------------------------
@@ -937,25 +920,7 @@ PALETTE[IGNORE] = 0
 def squared(image, *target):
     """A picture, and the objects in it if they are given, padded to a square of 256 pixels."""
     pad = v2.CenterCrop(max(image.shape[-2:]))  # it pads what is smaller
-    return v2.Compose([pad, v2.Resize([256, 256])])(image, *target)
-
-
-def draw_examples(task, folder, name):
-    """pictures/NAME: image, truth if it is known, and prediction of up to eight test images."""
-    task.model.eval()
-    samples, rows = DenseEvalDataset(task.test_set), []
-    for i in torch.linspace(0, len(samples) - 1, min(8, len(samples))).long().tolist():
-        image, truth, broken = samples[0, i]
-        if broken:
-            continue
-        row = {"image": squared(image)}
-        if not isinstance(truth, int):
-            row["truth"] = task.paint(image, truth)
-        row["prediction"] = task.paint(image, task.predict(image))
-        rows.append(row)
-    if rows:
-        panels = {title: torch.stack([row[title] for row in rows]) / 255 for title in rows[0]}
-        folder.write_picture(name, picture_sheet(panels))
+    return v2.Resize([256, 256])(pad(image, *target))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -973,7 +938,7 @@ def try_some(dataset):
     """Read up to 50 evenly spaced samples, so that what a user can mend (a UserError: a mask of another size,
     a label too large) fails before training and not hours into it. Files that cannot be read are left to
     training and testing, which name them."""
-    for i in torch.linspace(0, len(dataset) - 1, min(len(dataset), 50)).long().tolist():
+    for i in range(0, len(dataset), math.ceil(len(dataset) / 50)):
         try:
             dataset[i]
         except UserError:
@@ -985,7 +950,7 @@ def try_some(dataset):
 # ------------------------------------------------------------------------------------------------------------
 # Scenes: a class for each pixel
 # ------------------------------------------------------------------------------------------------------------
-class Scenes:
+class Scenes(ImageFiles):
     """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, height, width), Mask uint8 (height, width)
     of classes 0 .. len(classes) - 1 and IGNORE).
 
@@ -994,41 +959,31 @@ class Scenes:
     """
 
     def __init__(self, folder, split, classes):
-        self.classes = classes
-        images = Path(folder, "images", split)
-        found = [path for path in images.glob("*") if path.suffix.lower() in SUFFIXES]
-        self.paths = sorted(map(str, found))
-        if not found:
-            raise UserError(f"{images}: no images in it")
-        masks = Path(folder, "annotations", split)
-        self.masks = [masks / f"{Path(path).stem}.png" for path in self.paths]
-        missing = [mask for mask in self.masks if not mask.is_file()]
+        paths = open_folder(Path(folder, "images", split)).paths
+        masks = [Path(folder, "annotations", split, Path(path).stem + ".png") for path in paths]
+        missing = [mask for mask in masks if not mask.is_file()]
         if missing:
             raise UserError(
-                f"{folder}: {len(missing)} of {len(self.masks)} masks are missing, the first is {missing[0]}"
+                f"{folder}: {len(missing)} of {len(masks)} masks are missing, the first is {missing[0]}"
             )
+        super().__init__(paths, masks, classes)
         try_some(self)
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, i):
-        image, mask = decode(self.paths[i]), np.array(Image.open(self.masks[i]))
+        image, file = super().__getitem__(i)
+        mask = np.array(Image.open(file))
         if mask.shape != image.shape[-2:]:
             raise UserError(
-                f"{self.masks[i]}: has the shape {mask.shape}, its image (after its EXIF rotation) "
+                f"{file}: has the shape {mask.shape}, its image (after its EXIF rotation) "
                 f"{tuple(image.shape[-2:])}; a mask is one channel of the same size"
             )
-        mask = np.where(mask == IGNORE, 0, mask)
+        mask[mask == IGNORE] = 0
         if mask.max() > len(self.classes):
             raise UserError(
-                f"{self.masks[i]}: has the label {mask.max()}; labels are 0 or 255 (ignored) and 1 to "
+                f"{file}: has the label {mask.max()}; labels are 0 or 255 (ignored) and 1 to "
                 f"{len(self.classes)}, a line each in classes.txt"
             )
-        return image, tv_tensors.Mask(mask.astype(np.uint8) - np.uint8(1))  # 0 becomes 255
-
-    def name(self, i):
-        return self.paths[i]
+        return image, tv_tensors.Mask((mask - 1).astype(np.uint8))  # 0 becomes 255
 
 
 class DrawnScenes(Shapes):
@@ -1085,11 +1040,16 @@ class SceneTransform:
     def __init__(self, args, mean):
         self.scale = args.scale
         self.short = min(args.image_size)
-        fill = {tv_tensors.Image: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
+        # v2 takes the first plain tensor for the image.
+        fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
         self.crop = v2.RandomCrop(args.image_size, pad_if_needed=True, fill=fill)
-        strengths = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
-        jitters = [v2.ColorJitter(**{name: strength}) for name, strength in strengths.items()]
-        distortions = [v2.RandomApply([jitter], p=0.5) for jitter in jitters]
+        jitters = [
+            v2.ColorJitter(brightness=0.125),
+            v2.ColorJitter(contrast=0.5),
+            v2.ColorJitter(saturation=0.5),
+            v2.ColorJitter(hue=0.05),
+        ]
+        distortions = [v2.RandomApply([jitter]) for jitter in jitters]  # each with probability .5
         self.rest = v2.Compose([v2.RandomHorizontalFlip(), *distortions])
 
     def __call__(self, image, mask):
@@ -1097,7 +1057,7 @@ class SceneTransform:
         low, high = self.scale
         ratio = low + (high - low) * torch.rand(()).item()
         short = max(2, round(ratio * self.short))
-        image, mask = v2.Resize([short])(tv_tensors.Image(image), mask)
+        image, mask = v2.Resize([short])(image, mask)
 
         # Crop, and try again where one class fills nearly all.
         for _ in range(10):
@@ -1107,30 +1067,28 @@ class SceneTransform:
                 break
 
         # Flip, and distort the colours.
-        part, labels = self.rest(part, labels)
-        return part.as_subclass(torch.Tensor), labels
+        return self.rest(part, labels)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Objects: a box, a class and a mask each. Of a set, image_ids[i] and category_ids[k - 1] are COCO's ids of
 # image i and of label k; `truth` is what COCO's evaluation compares with.
 # ------------------------------------------------------------------------------------------------------------
-def quiet():
-    """A context in which pycocotools does not print."""
-    return contextlib.redirect_stdout(io.StringIO())
+def coco_truth(content):
+    """The content of a file in COCO's format -> the same, indexed by pycocotools for its evaluation."""
+    truth = coco.COCO()
+    truth.dataset = {"info": {}, **content}  # some versions of pycocotools want it
 
-
-def index_truth(truth):
-    """Let pycocotools index the annotations of `truth`, and fill in what may be missing."""
-    notes = truth.dataset["annotations"]
-    for number, note in enumerate(notes, start=1):
+    # Number the annotations anew, and fill in what may be missing.
+    for number, note in enumerate(content["annotations"], start=1):
         # COCO's evaluation takes an id of 0 for none, and one of two equal ids.
         note |= {"id": number, "iscrowd": note.get("iscrowd") or 0}
-    with quiet():
+    with redirect_stdout(None):  # pycocotools prints
         truth.createIndex()
-    for note in notes:
+    for note in content["annotations"]:
         if note.get("area") is None:
             note["area"] = float(coco_mask.area(truth.annToRLE(note)))
+    return truth
 
 
 def as_target(boxes, labels, masks):
@@ -1144,7 +1102,28 @@ def as_target(boxes, labels, masks):
     }
 
 
-class CocoObjects:
+def mistake_of(note, images, categories):
+    """What is wrong with an annotation of COCO's format, in words, or None. images: {id: record}."""
+    image, category, box = note["image_id"], note["category_id"], note["bbox"]
+    if image not in images:
+        return f"is of the image {image}, which is none of its images"
+    if category not in categories:
+        return f"has the category {category}, which is none of its {len(categories)} categories"
+    if len(box or ()) != 4 or not np.isfinite(box).all():
+        return f"has the bbox {box}; it must be x, y, width, height"
+    mask, record = note.get("segmentation") or [()], images[image]
+    if isinstance(mask, dict):
+        whole = mask.get("size") == [record["height"], record["width"]]
+    else:
+        whole = all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
+    if not whole:
+        return (
+            "has no segmentation that Mask R-CNN could learn from: it must be polygons of three points or "
+            "more, x, y, x, y, .., or run lengths of the image's size"
+        )
+
+
+class CocoObjects(ImageFiles):
     """COCO's format: folder/annotations/instances_NAME.json, images in folder/NAME/. set[i] -> (uint8
     (3, height, width), target as `as_target` makes it).
 
@@ -1155,103 +1134,77 @@ class CocoObjects:
 
     def __init__(self, path, training):
         # Read the file, and check that it is whole.
-        self.folder = path.parent.parent / path.stem.removeprefix("instances_")
+        folder = path.parent.parent / path.stem.removeprefix("instances_")
         try:
-            with quiet():
-                self.truth = coco.COCO(str(path))
-            records = self.truth.dataset["images"]
-            missing = [r["file_name"] for r in records if not (self.folder / r["file_name"]).is_file()]
-            self.image_ids = sorted(self.truth.imgs)
-            if len(self.image_ids) < len(records):
-                raise ValueError(f"{len(records)} images with {len(self.image_ids)} different ids")
-            self.category_ids = sorted(self.truth.cats)
-            self.classes = [str(self.truth.cats[k]["name"]) for k in self.category_ids]
-            for note in self.truth.dataset.setdefault("annotations", []):
-                mistake = self.mistake(note)
+            content = json.loads(path.read_text())
+            images = {record["id"]: record for record in content["images"]}
+            files = {i: folder / record["file_name"] for i, record in images.items()}
+            categories = {record["id"]: str(record["name"]) for record in content["categories"]}
+            if len(images) < len(content["images"]):
+                raise ValueError(f"{len(content['images'])} images with {len(images)} different ids")
+            for note in content.setdefault("annotations", []):
+                mistake = mistake_of(note, images, categories)
                 if mistake:
                     raise ValueError(f"annotation {note.get('id')} {mistake}")
         except Exception as error:  # not JSON, or of another shape
             what = f"{type(error).__name__}: {one_line(error, 250)}"
             raise UserError(f"{path}: not in COCO's format ({what})") from None
+        missing = [file for file in files.values() if not file.is_file()]
         if missing:
             raise UserError(
-                f"{path}: {len(missing)} of its {len(records)} images are missing, the first is "
-                f"{self.folder / missing[0]}"
+                f"{path}: {len(missing)} of its {len(files)} images are missing, the first is {missing[0]}"
             )
-        self.truth.dataset.setdefault("info", {})  # some versions of pycocotools want it
-        index_truth(self.truth)
+        self.truth = coco_truth(content)
 
-        # Choose the images to train on.
-        flat = [note for note in self.truth.anns.values() if min(note["bbox"][2:]) <= 0]
+        # Collect the objects of each image to train on.
+        objects, flat = {i: [] for i in sorted(images)}, []
+        for note in content["annotations"]:
+            if min(note["bbox"][2:]) <= 0:
+                flat.append(note["bbox"])
+            elif not note["iscrowd"]:
+                objects[note["image_id"]].append(note)
         if flat:
             print_rank0(
                 f"warning: {path}: {len(flat)} boxes have no area and are not trained on, the first is "
-                f"{flat[0]['bbox']}"
+                f"{flat[0]}"
             )
-        with_objects = [i for i in self.image_ids if self.objects(i)]
-        if not with_objects:
+        if not any(objects.values()):
             raise UserError(f"{path}: none of its images has an object")
-        if training:
-            self.image_ids = with_objects
+
+        # Choose the images.
+        self.image_ids = [i for i in objects if objects[i] or not training]
+        self.category_ids = sorted(categories)
+        super().__init__(
+            [str(files[i]) for i in self.image_ids],
+            [objects[i] for i in self.image_ids],
+            [categories[k] for k in self.category_ids],
+        )
         try_some(self)
 
-    def mistake(self, note):
-        """What is wrong with an annotation, in words, or None."""
-        image, category, box = note.get("image_id"), note.get("category_id"), note.get("bbox")
-        if image not in self.truth.imgs:
-            return f"is of the image {image}, which is none of its images"
-        if category not in self.category_ids:
-            return f"has the category {category}, which is none of its {len(self.classes)} categories"
-        numbers = [value for value in box or () if isinstance(value, (int, float)) and math.isfinite(value)]
-        if len(numbers) != 4 or len(box) != 4:
-            return f"has the bbox {box}; it must be x, y, width, height"
-        mask, record = note.get("segmentation") or [()], self.truth.imgs[image]
-        if isinstance(mask, dict):
-            whole = mask.get("size") == [record["height"], record["width"]]
-        else:
-            whole = all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
-        if not whole:
-            return (
-                "has no segmentation that Mask R-CNN could learn from: it must be polygons of three points "
-                "or more, x, y, x, y, .., or run lengths of the image's size"
-            )
-
-    def objects(self, image_id):
-        """The annotations of an image that are objects to train on."""
-        notes = self.truth.imgToAnns[image_id]
-        return [note for note in notes if not note["iscrowd"] and min(note["bbox"][2:]) > 0]
-
-    def __len__(self):
-        return len(self.image_ids)
-
     def __getitem__(self, i):
-        image, notes = decode(self.name(i)), self.objects(self.image_ids[i])
-        record = self.truth.imgs[self.image_ids[i]]
+        image, notes = super().__getitem__(i)
+        record, found = self.truth.imgs[self.image_ids[i]], tuple(image.shape[-2:])
         size = (record["height"], record["width"])
-        if tuple(image.shape[-2:]) != size:
+        if found != size:
             raise UserError(
-                f"{self.name(i)}: has (after its EXIF rotation) {tuple(image.shape[-2:])} pixels, its "
-                f"annotations are for {size}"
+                f"{self.paths[i]}: has (after its EXIF rotation) {found} pixels, its annotations are for "
+                f"{size}"
             )
         boxes = [[x, y, x + w, y + h] for x, y, w, h in (note["bbox"] for note in notes)]
         labels = [1 + self.category_ids.index(note["category_id"]) for note in notes]
-        masks = torch.zeros(len(notes), *size, dtype=torch.uint8)
-        for k, note in enumerate(notes):
-            masks[k] = torch.from_numpy(self.truth.annToMask(note))
-        return image, as_target(boxes, labels, masks)
-
-    def name(self, i):
-        return str(self.folder / self.truth.imgs[self.image_ids[i]]["file_name"])
+        masks = [self.truth.annToMask(note) for note in notes]
+        return image, as_target(boxes, labels, np.reshape(masks, (-1, *size)))
 
 
 class DrawnObjects(Shapes):
     """`shapes` as CocoObjects are, with one to four objects an image, anywhere, half as large as there in
     proportion to the image."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.image_ids = list(range(self.length))
-        self.category_ids = list(range(1, 1 + len(SHAPES)))
+    category_ids = list(range(1, 1 + len(SHAPES)))
+
+    @property
+    def image_ids(self):
+        return range(self.length)
 
     def __getitem__(self, i):
         rng = np.random.default_rng(seed_of("objects", self.split, i))
@@ -1271,28 +1224,22 @@ class DrawnObjects(Shapes):
         boxes, labels, masks = zip(*objects)
         return self.finish(canvas), as_target(boxes, labels, torch.stack(masks))
 
-    @functools.cached_property
+    @cached_property
     def truth(self):
         """The objects of the whole split, as pycocotools holds them: a perfect result."""
         notes = []
         for i in self.image_ids:
             target = self[i][1]
-            perfect = {
-                **target,
-                "masks": target["masks"][:, None],
-                "scores": torch.ones(len(target["labels"])),
-            }
+            masks = target["masks"].unsqueeze(1)
+            perfect = {**target, "masks": masks, "scores": target["labels"]}  # any scores: truth has none
             notes += coco_results(perfect, i, self.category_ids)
         height, width = self.image_size
-        truth = coco.COCO()
-        truth.dataset = {
-            "info": {},
+        content = {
             "images": [{"id": i, "height": height, "width": width} for i in self.image_ids],
             "annotations": notes,
             "categories": [{"id": k} for k in self.category_ids],
         }
-        index_truth(truth)
-        return truth
+        return coco_truth(content)
 
 
 def open_objects(args, split):
@@ -1313,16 +1260,20 @@ def open_objects(args, split):
     return CocoObjects(found[0], split == "train")
 
 
-def fit(image, short, long):
-    """The factor that brings the short side of an image to `short`, or its long one to `long` if that is
-    less."""
-    return min(short / min(image.shape[-2:]), long / max(image.shape[-2:]))
+class KeepTwoPixels:
+    """For the two resizing transforms that follow, torchvision's: no side becomes shorter than two pixels."""
+
+    def make_params(self, flat_inputs):
+        size = super().make_params(flat_inputs)["size"]
+        return {"size": [max(2, side) for side in size]}
 
 
-def rescale(image, target, scale):
-    """An image and its objects, resized; thin images keep two pixels."""
-    size = [max(2, int(scale * side)) for side in image.shape[-2:]]
-    return v2.Resize(size)(image, target)
+class ShortestSize(KeepTwoPixels, v2.RandomShortestSize):
+    """(shorts, long): the short side to one of `shorts`, or the long one to `long` if that is smaller."""
+
+
+class ScaleJitter(KeepTwoPixels, v2.ScaleJitter):
+    """((width, height), (low, high)): to low to high times the largest size that fits."""
 
 
 class ObjectTransform:
@@ -1331,26 +1282,28 @@ class ObjectTransform:
     "jitter": to .1 to 2 times image_size, then a crop of it, filled with the mean colour (ViTDet)."""
 
     def __init__(self, args, mean):
-        self.resize = args.resize
-        self.image_size = args.image_size
+        size = args.image_size
+        shorts = [round(min(size) * part / 25) for part in range(15, 26)]
+        self.jitter = args.resize == "jitter"
+        self.scale = ScaleJitter(size[::-1], (0.1, 2.0)) if self.jitter else ShortestSize(shorts, max(size))
         # v2 takes the first plain tensor for the image, and leaves labels as they are.
         fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
-        self.crop = v2.RandomCrop(args.image_size, pad_if_needed=True, fill=fill)
-        clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()]
-        self.rest = v2.Compose([v2.RandomHorizontalFlip(), *clean])
+        self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+        self.rest = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.ClampBoundingBoxes(),
+                v2.SanitizeBoundingBoxes(),
+                v2.ToPureTensor(),
+            ]
+        )
 
     def __call__(self, image, target):
-        if self.resize == "multi-scale":
-            # Choose the short side.
-            part = 15 + int(torch.randint(11, ()))
-            short = round(min(self.image_size) * part / 25)
-            image, target = rescale(image, target, fit(image, short, max(self.image_size)))
-        else:
-            # Choose the scale, then crop. Boxes are those of what is left of the masks, as ViTDet's.
-            whole = min(new / old for new, old in zip(self.image_size, image.shape[-2:]))
-            image, target = rescale(image, target, whole * (0.1 + torch.rand(1) * 1.9))
+        image, target = self.scale(image, target)
+        if self.jitter:
+            # Crop. Boxes are those of what is left of the masks, as ViTDet's.
             image, target = self.crop(image, target)
-            left = target["masks"].bool().flatten(1).any(dim=1)
+            left = target["masks"].bool().any(dim=(1, 2))
             masks = target["masks"][left]
             boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # ends excluded
             target = as_target(boxes, target["labels"][left], masks)
@@ -1359,10 +1312,6 @@ class ObjectTransform:
 
 def main(argv=None):
     """Parse, join the processes, then evaluate a finished run or make a new one."""
-
-    def program(args, argv, device):
-        return (evaluate if args.evaluate else train_task)(args, argv, device)
-
     run_program("dense.py", argv, parse_args, program)
 
 

@@ -1,16 +1,16 @@
-"""What a pre-trained encoder is worth to a classifier: fine-tuning, linear and attentive probing, nearest
-neighbours.
+"""What a pre-trained encoder is worth to a classifier: fine-tuning, linear and attentive probes, neighbours.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> **finetune** -> dense.
 
-    python finetune.py --encoder runs/mixedae/encoder.pt --protocol linear --cache-features     # a probe on
-    `shapes`
-    python finetune.py --encoder none --protocol linear --cache-features                        # its baseline
+    # a probe on `shapes`, and its baseline
+    python finetune.py --encoder runs/mixedae/encoder.pt --protocol linear --cache-features
+    python finetune.py --encoder none --protocol linear --cache-features
+    # fine-tuning, and a row of MixedAE's Table 2
     python finetune.py --encoder mae_pretrain_vit_base.pth --protocol finetune --data path/to/imagenet
-    python finetune.py --encoder ... --protocol finetune --data aircraft cars pets              # a row of a
-    table
-    python finetune.py --evaluate runs/a runs/b --data ...                                      # as an
-    ensemble python finetune.py --evaluate runs/a --predict path/to/images
+    python finetune.py --encoder ... --protocol finetune --data aircraft cars pets
+    # two finished runs as an ensemble, and the classes of given images
+    python finetune.py --evaluate runs/a runs/b --data ...
+    python finetune.py --evaluate runs/a --predict path/to/images
 
 A protocol decides what is trained on top of the encoder:
 
@@ -22,16 +22,14 @@ A protocol decides what is trained on top of the encoder:
                     -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
 
 Sources: MixedAE Sec. 4.2 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A
-for attentive probing, MR-MAE Sec. 4.1. Where they differ from what stands here (ours, because libraries do
-it):
+for attentive probing, MR-MAE Sec. 4.1. They differ from what stands here (ours, because libraries do it):
     - MixUp, CutMix and RandAugment are torchvision's. MixUp's partner is the neighbour in the batch (timm:
       the batch reversed); RandAugment, with timm's scale of 10, applies both operations always, with one
       magnitude, by bilinear interpolation (timm: each with probability .5, with magnitude noise .5,
       "increasing" operations, bicubic).
-    - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention; it is not
-      here.
-    - The random crop of the probes tries ten times for a crop that fits (the authors' draw once and clamp
-      it).
+    - CAE's code fine-tunes with a learned relative position
+      bias, which its paper does not mention; it is not here.
+    - The random crop of the probes tries ten times for a crop that fits (the authors' draws once and clamps).
     - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch), and the
       linear probe's averages over all batches (MAE's code forgets, with momentum .1): see `Classifier`.
     - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet, VOC2007 with a
@@ -41,14 +39,18 @@ it):
 """
 
 import argparse
+import contextlib
+import copy
 import csv
 import io
 import json
 import sys
-import xml.etree.ElementTree
 from collections import namedtuple
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 import torch.distributed as dist
@@ -59,7 +61,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import cae
-import train
 from data import (
     MEAN,
     NAMES,
@@ -71,6 +72,7 @@ from data import (
     TrainDataset,
     add_data_args,
     collate,
+    fixed_images,
     heat_map,
     load_batches,
     normalize,
@@ -81,10 +83,10 @@ from data import (
 )
 from mrmae import from_official_mcmae
 from train import (
-    Parser,
     add_run_args,
     create_run,
     facts_of,
+    first_phase,
     inference,
     load_checkpoint,
     local_rank0_first,
@@ -108,7 +110,9 @@ from vit import (
     pack_encoder,
     print_rank0,
     read_shape,
+    rename,
     resize_positions,
+    resolve_sizes,
     set_drop_paths,
     strip_prefixes,
     unit_float,
@@ -153,11 +157,11 @@ class AttentiveHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder and what its protocol trains. forward(inputs, targets) -> loss (), {}; logits(inputs) -> (B,
-    classes).
+    """An encoder and what its protocol trains: forward(inputs,
+    targets) -> loss (), {} and logits(inputs) -> (B, classes).
 
-    inputs: normalised images (B, 3, height, width), or with cached features what `features` returned for
-    them.
+    inputs: normalised images (B, 3, height, width), or
+    with cached features what `features` returned for them.
     fc_norm: weights of the LayerNorm for mean features, from a fine-tuned file, or None.
     """
 
@@ -170,11 +174,12 @@ class Classifier(nn.Module):
 
         # Choose the feature: the flag's, else the one that the encoder's authors probe, and the mean to
         # fine-tune.
-        self.feature = "patches"
+        feature = "patches"
         if args.protocol != "attentive":
-            self.feature = args.feature or (info["feature"] if self.frozen else "mean")
-        if self.feature == "cls" and not encoder.num_prefix_tokens:
+            feature = args.feature or (info["feature"] if self.frozen else "mean")
+        if feature == "cls" and not encoder.num_prefix_tokens:
             raise UserError("--feature cls: this encoder has no class token; use mean")
+        self.info = {**info, "feature": feature}
 
         # Probe: freeze the encoder, train a head.
         self.fc_norm = nn.Identity()
@@ -193,7 +198,7 @@ class Classifier(nn.Module):
         else:
             encoder.pos_embed.requires_grad_(True)
             set_drop_paths(encoder, args.drop_path)
-            if self.feature == "mean":
+            if feature == "mean":
                 # The mean of raw patch tokens passes a LayerNorm of its own, in place of the encoder's.
                 encoder.norm = nn.Identity()
                 self.fc_norm = nn.LayerNorm(D, eps=1e-6)
@@ -207,14 +212,19 @@ class Classifier(nn.Module):
             self.encoder.eval()
         return self
 
+    def prepare(self, images, labels=None):
+        """A batch as it is loaded -> what the model is called with. Cached features are that already."""
+        if images.ndim == 4:
+            images = normalize(images, self.info["mean"], self.info["std"])
+        return images, labels
+
     def features(self, images):
         """Normalised images (B, 3, height, width) -> (B, D), for the attentive protocol (B, L, D)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D)
-        if self.feature == "cls":
+        tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D); no graph if it is frozen
+        if self.info["feature"] == "cls":
             return tokens[:, 0]
         patches = tokens[:, self.encoder.num_prefix_tokens :]
-        return patches.mean(dim=1) if self.feature == "mean" else patches
+        return patches.mean(dim=1) if self.info["feature"] == "mean" else patches
 
     def logits(self, inputs):
         features = self.features(inputs) if inputs.ndim == 4 else inputs
@@ -266,8 +276,6 @@ class LARS(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 step = p.grad
                 if p.ndim > 1:
                     step = step + group["weight_decay"] * p
@@ -287,8 +295,8 @@ RATES = {
 
 
 def build_optimizer(model, args):
-    """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A,
-    its code)."""
+    """AdamW with layer decay (MAE's code), LARS (MAE's code),
+    or SGD with Nesterov momentum (CAE Appendix A, its code)."""
     if args.protocol == "finetune":
         groups = layer_decay_groups(model, args.layer_decay, args.weight_decay)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -303,15 +311,14 @@ def build_optimizer(model, args):
 # ------------------------------------------------------------------------------------------------------------
 def fine_tuning_transform(args, mean):
     """Crop and flip as in pre-training (--augment), then RandAugment, on uint8 tensors."""
-    if not args.randaugment:
+    magnitude = getattr(args, "randaugment", 0)  # the probes have none
+    if not magnitude:
         return train_transform(args)
-    fill = [int(255 * channel) for channel in mean]
-    augment = v2.RandAugment(
-        num_ops=2,
-        magnitude=args.randaugment,
+    augment = v2.RandAugment(  # of two operations, v2's default
+        magnitude=magnitude,
         num_magnitude_bins=11,
-        fill=fill,
         interpolation=v2.InterpolationMode.BILINEAR,
+        fill=[int(255 * channel) for channel in mean],
     )
     return v2.Compose([train_transform(args), augment])
 
@@ -340,22 +347,18 @@ def augmented(images, labels, args, info, classes, multi_label):
 # ------------------------------------------------------------------------------------------------------------
 # Testing
 # ------------------------------------------------------------------------------------------------------------
-class EvalDataset(torch.utils.data.Dataset):
+class EvalDataset(TrainDataset):
     """(epoch, i) -> (image, label, broken names) for testing: every sample counts once, so a broken image is
     shown black, and named.
 
-    The transform is MAE's: 256 pixels for 224, then the centre. An image that has the size already stays as
-    it is.
+    The transform is MAE's: 256 pixels for 224, then the
+    centre. An image that has the size already stays as it is.
     """
 
     def __init__(self, dataset, image_size):
-        self.dataset = dataset
-        self.image_size = list(image_size)
+        self.image_size = image_size
         larger = [int(side * 256 / 224) if side <= 224 else side for side in image_size]
-        self.crop = v2.Compose([ResizeToCover(larger), v2.CenterCrop(self.image_size)])
-
-    def __len__(self):
-        return len(self.dataset)
+        super().__init__(dataset, v2.Compose([ResizeToCover(larger), v2.CenterCrop(self.image_size)]))
 
     def __getitem__(self, index):
         _, i = index
@@ -364,36 +367,27 @@ class EvalDataset(torch.utils.data.Dataset):
         except Exception:  # bad files make PIL and torchvision raise all kinds
             black = torch.zeros(3, *self.image_size, dtype=torch.uint8)
             return black, self.dataset.label(i), [self.dataset.name(i)]
-        return image if list(image.shape[-2:]) == self.image_size else self.crop(image), label, []
+        return image if list(image.shape[-2:]) == self.image_size else self.transform(image), label, []
 
 
-class CachedFeatures(torch.utils.data.Dataset):
+class CachedFeatures(torch.utils.data.TensorDataset):
     """Features in place of images: (epoch, i) -> (feature, label, no broken names)."""
 
-    def __init__(self, features, labels):
-        self.features = features.cpu()
-        self.labels = labels.tolist()
-
-    def __len__(self):
-        return len(self.features)
-
     def __getitem__(self, index):
-        return self.features[index[1]], self.labels[index[1]], []
+        return *super().__getitem__(index[1]), []
 
 
 def read_batches(dataset, chunks, args, device, consequence="it counts as a black image"):
     """The given chunks (lists of indices) as batches (images, labels) on the device. Broken samples are
     named, with the consequence; more than 10 and more than 1 % of them stop the run."""
-    rank, broken = dist.get_rank(), 0
-    indices = [[(0, i) for i in chunk] for chunk in chunks]
+    broken, indices = 0, [[(0, i) for i in chunk] for chunk in chunks]
     stream = load_batches(dataset, indices, args.workers, device.type == "cuda")
-    for images, labels, names in tqdm(
-        stream, desc="testing", total=len(chunks), leave=False, disable=rank > 0
-    ):
+    quiet = dist.get_rank() > 0
+    for images, labels, names in tqdm(stream, "testing", len(chunks), leave=False, disable=quiet):
         for name in names:
             broken += 1
             tqdm.write(f"warning: {name} is broken; {consequence}", file=sys.stderr)
-            if broken > 10 and broken > 0.01 * len(dataset):
+            if broken > max(10, 0.01 * len(dataset)):
                 raise UserError(
                     f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1
                 )
@@ -403,22 +397,35 @@ def read_batches(dataset, chunks, args, device, consequence="it counts as a blac
 def predict_dataset(function, dataset, args, device):
     """function(images of a batch) -> (b, ...), over a whole set that is shared out over the processes -> (N,
     ...) float32, in order, on every process. Every sample counts once, whatever the number of processes."""
-    # Take every world-th chunk. A process without one looks at the first, to know the shape of a result.
-    chunks = torch.arange(len(dataset)).split(args.batch_size)
-    mine = chunks[dist.get_rank() :: dist.get_world_size()]
+    # Take every world-th chunk. A process without one looks at another's, to know the shape of a result.
+    chunks, rank = torch.arange(len(dataset)).split(args.batch_size), dist.get_rank()
+    mine = chunks[rank % len(chunks) :: dist.get_world_size()]
     out = None
-    batches = read_batches(dataset, [chunk.tolist() for chunk in mine or chunks[:1]], args, device)
-    for chunk, (images, _) in zip(mine or chunks[:1], batches):
+    batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device)
+    for chunk, (images, _) in zip(mine, batches):
         with inference(args, device):
             values = function(images).float()
         if out is None:
             out = torch.zeros(len(dataset), *values.shape[1:], device=device)
-        if mine:
+        if rank < len(chunks):
             out[chunk.to(device)] = values
 
     # Each row is filled by one process, so the sum is exact.
     dist.all_reduce(out)
     return out
+
+
+def predict_logits(model, samples, args, device):
+    """A classifier's scores (N, classes) of images or of cached features."""
+    return predict_dataset(lambda images: model.logits(model.prepare(images)[0]), samples, args, device)
+
+
+def cache_features(model, dataset, args, device):
+    """Look at every image of a set once -> its features (N, D), for the attentive protocol (N, L, D), in
+    place of images."""
+    samples = EvalDataset(dataset, args.image_size)
+    features = predict_dataset(lambda images: model.features(model.prepare(images)[0]), samples, args, device)
+    return CachedFeatures(features.cpu(), torch.tensor(dataset.labels))
 
 
 def confusion_matrix(predicted, labels, classes):
@@ -429,41 +436,48 @@ def confusion_matrix(predicted, labels, classes):
 def average_precision_11(scores, positive):
     """VOC2007's: the mean over the recalls 0, .1, .., 1 of the best precision at that recall or a higher one.
     scores (N,), positive (N,)."""
-    if not positive.any():
-        return torch.zeros((), dtype=torch.float64)  # nothing to find
     hits = positive[scores.argsort(descending=True, stable=True)].double()
-    recall = hits.cumsum(0) / hits.sum()
+    recall = hits.cumsum(0) / hits.sum().clamp(min=1)  # where there is nothing to find, the result is 0
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
     levels = torch.arange(11, dtype=torch.float64) / 10 - 1e-9  # a recall of just .3 reaches the level .3
-    return torch.stack([precision[recall >= level].max() for level in levels]).mean()
+    return torch.stack([(precision * (recall >= level)).max() for level in levels]).mean()
 
 
 def compute_metrics(scores, labels, metric):
-    """scores (N, classes) and labels of the whole test set -> {metric: per cent}. Never an average of
-    batches."""
-    scores, labels = scores.cpu(), labels.cpu()
+    """scores (N, classes) and labels of the whole test set
+    -> {metric: per cent}. Never an average of batches."""
+    scores = scores.cpu()
     if metric == "map11":
-        columns = zip(scores.T, labels.T)
-        return {metric: 100 * torch.stack([average_precision_11(s, y > 0) for s, y in columns]).mean().item()}
+        precisions = [average_precision_11(s, y > 0) for s, y in zip(scores.T, labels.T)]
+        return {metric: 100 * torch.stack(precisions).mean().item()}
     matrix = confusion_matrix(scores.argmax(dim=1), labels, scores.shape[1]).double()
     hits, truth = matrix.diag(), matrix.sum(dim=1)
     results = {"top1": 100 * (hits.sum() / truth.sum()).item()}
     if metric == "mean_per_class":
-        results[metric] = 100 * (hits[truth > 0] / truth[truth > 0]).mean().item()
+        results[metric] = 100 * (hits / truth)[truth > 0].mean().item()
     return results
+
+
+def report(folder, scores, test_set, metric):
+    """The numbers of a test set, from its scores (N, classes). Rank 0, which has the folder, writes
+    confusion.csv if an image has one label."""
+    labels = torch.tensor(test_set.labels)
+    if folder and metric != "map11":
+        matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(test_set.classes))
+        write_confusion(folder, matrix, test_set.classes)
+    return compute_metrics(scores, labels, metric)
 
 
 def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.07):
     """Scores (N, classes) of the weighted k-nearest-neighbour vote of DINO's code: cosine similarity, weights
     exp(similarity / .07), k = 20."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    votes = []
-    for part in test.split(1024):
+    train_labels = train_labels.to(test.device)
+    votes = torch.zeros(len(test), classes, device=test.device)
+    for part, votes_of_part in zip(test.split(1024), votes.split(1024)):
         similarity, ids = (part @ train.T).topk(min(k, len(train)), dim=1)  # (b, k)
-        weights = (similarity / temperature).exp()
-        labels = train_labels.to(test.device)[ids]  # (b, k)
-        votes.append(torch.zeros(len(part), classes, device=test.device).scatter_add(1, labels, weights))
-    return torch.cat(votes)
+        votes_of_part.scatter_add_(1, train_labels[ids], (similarity / temperature).exp())
+    return votes
 
 
 def example_of(samples, prepare, device):
@@ -491,127 +505,79 @@ def keep_best(run, value, content):
 # ------------------------------------------------------------------------------------------------------------
 # One run
 # ------------------------------------------------------------------------------------------------------------
+@dataclass
 class Task:
-    """A classifier, the samples that it is trained and tested on, and how a batch becomes its input."""
+    """A classifier, and the samples that it is trained and tested on."""
 
-    def __init__(self, args, train_set, test_set, metric, model, info, device):
-        self.args = args
-        self.metric = metric
-        self.model = model
-        self.info = info
-        self.device = device
-        self.test_set = test_set
-        self.classes = test_set.classes
-        self.labels = torch.tensor(test_set.labels)
-        self.test_samples = EvalDataset(test_set, args.image_size)
-        self.neighbours = {}
+    args: argparse.Namespace
+    model: Classifier
+    device: torch.device
+    train_samples: TrainDataset | CachedFeatures
+    test_samples: EvalDataset | CachedFeatures
+    test_set: LabeledDataset
+    metric: str  # chooses best.pt
 
-        # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
-        self.prepare = self.normalized
-        if model.frozen and args.cache_features:
-            self.cache(train_set)
-        elif model.frozen:
-            self.train_samples = TrainDataset(train_set, train_transform(args), args.seed)
-        else:
-            transform = fine_tuning_transform(args, info["mean"])
-            self.train_samples = TrainDataset(train_set, transform, args.seed)
-            self.prepare = partial(
-                augmented, args=args, info=info, classes=len(self.classes), multi_label=model.multi_label
-            )
-
-    def normalized(self, images, labels=None):
-        """A batch -> what the model is called with. Cached features are that already."""
-        return images if images.ndim < 4 else normalize(images, self.info["mean"], self.info["std"]), labels
-
-    def cache(self, train_set):
-        """Features in place of images, for training and testing, and the k-nearest-neighbour result that
-        comes with them."""
-        self.model.eval()
-
-        def features(images):
-            return self.model.features(self.normalized(images)[0])
-
-        labels = torch.tensor(train_set.labels)
-        train_samples = EvalDataset(train_set, self.args.image_size)
-        # Look at every image once: (N, D), for the attentive protocol (N, L, D).
-        seen = predict_dataset(features, train_samples, self.args, self.device)
-        unseen = predict_dataset(features, self.test_samples, self.args, self.device)
-        self.train_samples = CachedFeatures(seen, labels)
-        self.test_samples = CachedFeatures(unseen, self.labels)
-        self.args.workers = 0  # there is nothing left to load
-        if not self.model.multi_label:
-            seen, unseen = (x if x.ndim == 2 else x.mean(dim=1) for x in (seen, unseen))
-            votes = nearest_neighbours(seen, labels, unseen, len(self.classes))
-            value = compute_metrics(votes, self.labels, self.metric)[self.metric]
-            self.neighbours = {f"knn_{self.metric}": value}
-
-    def scores(self):
-        """Scores (N, classes) of the test set, in order."""
+    def measure(self, folder):
+        """The numbers of the test set; see `report`."""
         start_testing(self.model)
-
-        def logits(images):
-            return self.model.logits(self.normalized(images)[0])
-
-        scores = predict_dataset(logits, self.test_samples, self.args, self.device)
+        scores = predict_logits(self.model, self.test_samples, self.args, self.device)
         self.model.train()
-        return scores
+        return report(folder, scores, self.test_set, self.metric)
 
     def test(self, run, epoch_ends):
         """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
         if not epoch_ends:
             return {}
-        numbers = compute_metrics(self.scores(), self.labels, self.metric)
+        numbers = self.measure(run.folder)
         keep_best(run, numbers[self.metric], self.finished)
         return numbers
 
     def results(self, folder):
         """What results.json holds. Rank 0 writes the other files of a finished run."""
-        scores = self.scores()
-        if folder:
-            if not self.model.multi_label:
-                matrix = confusion_matrix(scores.argmax(dim=1).cpu(), self.labels, len(self.classes))
-                write_confusion(folder, matrix, self.classes)
-            if self.args.protocol == "finetune":
-                folder.write("encoder.pt", lambda file: torch.save(self.export(), file))
-            if self.args.protocol == "attentive":
-                self.show_attention(folder)
-        return {**compute_metrics(scores, self.labels, self.metric), **self.neighbours}
+        results = self.measure(folder)
+        if folder and self.args.protocol == "finetune":
+            folder.write("encoder.pt", lambda file: torch.save(self.export(), file))
+        if folder and self.args.protocol == "attentive":
+            self.show_attention(folder)
+        if self.model.multi_label or not isinstance(self.train_samples, CachedFeatures):
+            return results
+
+        # With cached features the nearest neighbours cost nothing more. Of patches they compare the means.
+        (seen, known), (unseen, labels) = self.train_samples.tensors, self.test_samples.tensors
+        seen, unseen = (x.view(len(x), -1, x.shape[-1]).mean(dim=1).to(self.device) for x in (seen, unseen))
+        votes = nearest_neighbours(seen, known, unseen, len(self.test_set.classes))
+        return {**results, f"knn_{self.metric}": compute_metrics(votes, labels, self.metric)[self.metric]}
 
     def finished(self):
         """What best.pt holds: all that --evaluate needs."""
-        info = {**self.info, "feature": self.model.feature}
         return {
             "model": self.model.state_dict(),
             "config": self.model.encoder.config,
-            "info": info,
+            "info": self.model.info,
             "args": vars(self.args),
-            "classes": list(self.classes),
+            "classes": list(self.test_set.classes),
             "metric": self.metric,
         }
 
     def export(self):
         """encoder.pt of a fine-tuned encoder, to probe or to mimic (MR-MAE). The LayerNorm of mean features
         stands for its final norm."""
-        model, info = self.model, self.info
-        state_dict = model.encoder.state_dict()
-        if model.feature == "mean":
-            state_dict |= {f"norm.{name}": value for name, value in model.fc_norm.state_dict().items()}
+        encoder, info = copy.deepcopy(self.model.encoder), self.model.info
+        if info["feature"] == "mean":
+            encoder.norm = self.model.fc_norm
         method = f"{info['method']}-finetune"
-        return pack_encoder(model.encoder, method, model.feature, info["mean"], info["std"], state_dict)
+        return pack_encoder(encoder, method, info["feature"], info["mean"], info["std"])
 
     @torch.no_grad()
     def show_attention(self, folder):
-        """pictures/attention.png: where the learned query looks (CAE Fig. 5), heads averaged, on eight test
-        images."""
-        samples, model = EvalDataset(self.test_set, self.args.image_size), self.model.eval()
-        chosen = torch.linspace(0, len(samples) - 1, 8).long().tolist()
-        images = torch.stack([samples[0, i][0] for i in chosen])
-        attention = model.head.attn
+        """pictures/attention.png: where the learned query looks
+        (CAE Fig. 5), heads averaged, on eight test images."""
+        model, attention = self.model.eval(), self.model.head.attn
+        images, _ = fixed_images(self.test_set, self.args.image_size, 8)
         attention.record = True
-        model.logits(self.normalized(images.to(self.device))[0])
-        maps = attention.recorded.float().mean(dim=1).view(8, *model.encoder.grid).cpu()  # (8, h, w)
-        attention.record = False
-        panels = {"image": images / 255, "attention of\nthe query": heat_map(maps, images)}
+        model.logits(model.prepare(images.to(self.device))[0])
+        maps = attention.recorded.float().mean(dim=1).unflatten(-1, model.encoder.grid)  # (8, 1, h, w)
+        panels = {"image": images / 255, "attention of\nthe query": heat_map(maps[:, 0].cpu(), images)}
         folder.write_picture("attention.png", picture_sheet(panels))
 
 
@@ -619,6 +585,13 @@ def write_confusion(folder, matrix, classes):
     """confusion.csv, rows the true classes. matrix: see `confusion_matrix`."""
     rows = [[name, *row] for name, row in zip(classes, matrix.tolist())]
     write_csv(folder, "confusion.csv", [["true \\ predicted", *classes], *rows])
+
+
+def write_numbers(folder, said, results):
+    """results.json, and a line that shows it."""
+    folder.write_text("results.json", json.dumps(results, indent=1))
+    shown = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
+    print_rank0(f"{said}: {shown}")
 
 
 def write_csv(folder, name, rows):
@@ -632,27 +605,33 @@ def replace_args(args, **values):
     return argparse.Namespace(**{**vars(args), **values})
 
 
-def run_set(args, argv, name, device):
-    """Train and test on one set -> (exit code, what results.json holds, and the set's metric)."""
-    # Open the encoder and the data. Every process starts from the same random encoder, if it is one.
-    torch.manual_seed(args.seed)
-    encoder, info, fc_norm = open_encoder(args)
-    out = str(Path(args.out or "runs") / f"{info['method']}-{args.protocol}-{Path(name).name}")
-    if args.out and len(args.data) == 1:
-        out = args.out
-    args = replace_args(
-        args, data=name, method=info["method"], image_size=encoder.config["image_size"], out=out
-    )
-    train_set, test_set, metric = local_rank0_first(args, partial(open_labelled, name, args))
-    if args.batch_size < 2:
-        raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
-
-    # Build the classifier. Features are cached with the run's own encoder, whatever lies at --encoder now.
+def run_set(args, argv, opened, train_set, test_set, metric, device):
+    """Train and test on one set -> as `run_task`. opened: what `open_encoder` returned."""
+    # Build the classifier. A run that goes on caches the features of its own encoder, whatever lies at
+    # --encoder now.
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
-    model = Classifier(encoder, info, fc_norm, args, len(test_set.classes), metric == "map11").to(device)
-    load_own_weights(model, args)
-    task = Task(args, train_set, test_set, metric, model, info, device)
+    model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
+    checkpoint = Path(args.out, "checkpoint.pt")
+    if checkpoint.exists():
+        with contextlib.suppress(RuntimeError):  # weights that do not fit: `resume` will say why
+            model.load_state_dict(load_checkpoint(checkpoint, args)["model"])
+
+    # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
+    prepare = model.prepare
+    if model.frozen and args.cache_features:
+        model.eval()
+        train_samples = cache_features(model, train_set, args, device)
+        test_samples = cache_features(model, test_set, args, device)
+        args.workers = 0  # there is nothing left to load
+    else:
+        transform = fine_tuning_transform(args, model.info["mean"])
+        train_samples = TrainDataset(train_set, transform, args.seed)
+        test_samples = EvalDataset(test_set, args.image_size)
+    if not model.frozen:
+        about_set = {"classes": len(test_set.classes), "multi_label": model.multi_label}
+        prepare = partial(augmented, args=args, info=model.info, **about_set)
+    task = Task(args, model, device, train_samples, test_samples, test_set, metric)
 
     # Make the run, or go on with it.
     optimizer = build_optimizer(model.train(), args)
@@ -662,165 +641,130 @@ def run_set(args, argv, name, device):
         device,
         model,
         optimizer,
-        example_of(task.train_samples, task.prepare, device),
+        example_of(train_samples, prepare, device),
         facts_of(train_set),
         laptop_lr,
         min_lr=min_lr,
         schedule=lr_at,
-        prepare=task.prepare,
+        prepare=prepare,
         export=dict,
         folder=folder,
     )
     header = (
-        f"{args.protocol} of {args.encoder} on {name}: {len(train_set)} training and {len(test_set)} test "
-        f"images, {len(train_set.classes)} classes, {metric}; features: {model.feature}"
+        f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} "
+        f"test images, {len(train_set.classes)} classes, {metric}; features: {model.info['feature']}"
     )
-    code = run_loop(run, argv, header, task.train_samples, task.test)
+    return run_task(run, argv, header, train_samples, task)
+
+
+def run_task(run, argv, header, dataset, task):
+    """Train, then test once more -> (exit code, what results.json
+    holds or, of a run that is not at its end, None).
+    task: has test(run, epoch_ends), results(folder) and metric, as `Task`."""
+    code = run_loop(run, argv, header, dataset, task.test)
     if code or run.state["step"] < run.batches.steps:
         return code, None
-
-    # Write the results.
-    return write_results(run, task, metric)
-
-
-def load_own_weights(model, args):
-    """The weights of the run that is to go on, if there is one, before anything is made of them. If they do
-    not fit, `resume` will say why."""
-    path = Path(args.out) / "checkpoint.pt"
-    if path.exists():
-        try:
-            model.load_state_dict(load_checkpoint(path, args)["model"])
-        except RuntimeError:
-            pass
-
-
-def write_results(run, task, metric):
-    """results.json of a finished run, and its last line -> (exit code, the results and the metric)."""
     results = task.results(run.folder)
     if run.folder:
-        results[f"best_{metric}"] = run.state["best"]
-        run.folder.write_text("results.json", json.dumps(results, indent=1))
-        already = "finished already, " if run.batches.start == run.batches.steps else ""
-        shown = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
-        print(f"{run.args.out}: {already}{shown}", flush=True)
-    return int(bool(run.folder and run.folder.failed)), {"metric": metric, **results}
+        results[f"best_{task.metric}"] = run.state["best"]
+        already = ", finished already" if run.batches.start == run.batches.steps else ""
+        write_numbers(run.folder, f"{run.args.out}{already}", results)
+    return 0, results
 
 
 def transfer(args, argv, device):
-    """One set after the other; several make a row as in MixedAE Table 2 -> exit code."""
-    # Find out what is missing before hours of work.
-    if len(args.data) > 1:
-        size = open_encoder(args)[0].config["image_size"]
-        for name in args.data:
-            opened = replace_args(args, data=name, image_size=size)
-            local_rank0_first(args, partial(open_labelled, name, opened))
+    """Train and test on one set after the other; several make a row as in MixedAE Table 2 -> exit code."""
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
+
+    # Open the encoder and all sets, to find out what is missing before hours of work. Every process starts
+    # from the same random encoder, if it is one.
+    torch.manual_seed(args.seed)
+    opened = open_encoder(args)
+    encoder, info, _ = opened
+    args = replace_args(args, method=info["method"], image_size=encoder.config["image_size"])
+    sets = [local_rank0_first(args, partial(open_labelled, name, args)) for name in args.data]
 
     # Train.
     numbers = []
-    for name in args.data:
-        code, results = run_set(args, argv, name, device)
+    for name, (train_set, test_set, metric) in zip(args.data, sets):
+        out = args.out
+        if not out or len(sets) > 1:
+            out = str(Path(out or "runs") / f"{args.method}-{args.protocol}-{Path(name).name}")
+        set_args = replace_args(args, data=name, out=out)
+        code, results = run_set(set_args, argv, copy.deepcopy(opened), train_set, test_set, metric, device)
         if results is None:
             return code
-        numbers.append(results[results["metric"]])
+        numbers.append(results[metric])
 
     # Print the row.
-    if len(args.data) > 1:
+    if len(sets) > 1:
         cells = [f"{number:.1f}" for number in [*numbers, sum(numbers) / len(numbers)]]
-        print_rank0(
-            "\n".join(
-                [
-                    "| " + " | ".join([*args.data, "Avg."]) + " |",
-                    "|---" * len(cells) + "|",
-                    "| " + " | ".join(cells) + " |",
-                ]
-            )
-        )
+        print_rank0("| " + " | ".join([*args.data, "Avg."]) + " |")
+        print_rank0("|---" * len(cells) + "|")
+        print_rank0("| " + " | ".join(cells) + " |")
     return code
 
 
 # ------------------------------------------------------------------------------------------------------------
 # --evaluate, --predict
 # ------------------------------------------------------------------------------------------------------------
-def load_finished(path, device, build, keys=()):
-    """A run folder or its best.pt -> (model in eval mode, the whole file). build(encoder, saved, args) ->
-    model."""
+def load_finished(path, device, build):
+    """A run folder or its best.pt -> (model in eval mode, the whole file). build(encoder, saved, args) makes
+    the model of the file's encoder, content and flags."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     saved = load_file(file)
-    if (
-        not isinstance(saved, dict)
-        or not {"model", "config", "info", "args", "classes", "metric", *keys} <= saved.keys()
-    ):
-        raise UserError(f"{file}: not a best.pt of this program")
     try:
         model = build(ViT(**saved["config"]), saved, argparse.Namespace(**saved["args"]))
         model.load_state_dict(saved["model"])
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{file}: not a whole best.pt ({one_line(error)})") from None
+    except Exception as error:  # a damaged or foreign file makes them raise all kinds
+        raise UserError(f"{file}: not a best.pt of this program ({one_line(error)})") from None
     return model.to(device).eval(), saved
 
 
-def evaluate(args, argv, device):
+def evaluate(args, device):
     """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are
     averaged), on --data, else on its own test set; with --predict the classes of a folder's images."""
 
     def build(encoder, saved, run_args):
-        return Classifier(
-            encoder, saved["info"], None, run_args, len(saved["classes"]), saved["metric"] == "map11"
-        )
+        classes, multi_label = saved["classes"], saved["metric"] == "map11"
+        return Classifier(encoder, saved["info"], None, run_args, len(classes), multi_label)
 
-    # Load the runs; an ensemble needs the same classes.
-    models = [load_finished(path, device, build) for path in args.evaluate]
-    first = models[0][1]
-    classes, metric = first["classes"], first["metric"]
-    for path, (_, saved) in zip(args.evaluate, models):
-        if (saved["classes"], saved["metric"]) != (classes, metric):
-            raise UserError(
-                f"--evaluate: {path} has other classes than {args.evaluate[0]}; an ensemble needs the same"
-            )
+    # Load the runs.
+    models, runs = zip(*[load_finished(path, device, build) for path in args.evaluate])
+    own, metric = runs[0]["args"], runs[0]["metric"]
 
-    # Open the images.
-    size = models[0][0].encoder.config["image_size"]
-    name = args.data[0] if args.data else first["args"]["data"]
+    # Open the images. Without --data they are those of the first run, and lie where they lay then.
+    name = args.data[0] if args.data else own["data"]
     if args.predict:
         files = open_folder(args.predict)
-        dataset = LabeledDataset([(files, [-1] * len(files))], classes)
+        dataset = LabeledDataset([(files, [-1] * len(files))], runs[0]["classes"])
     else:
-        root = (
-            first["args"]["data_root"] if not args.data and args.data_root == "datasets" else args.data_root
-        )
-        opened = replace_args(args, image_size=size, label_fraction=1.0, data_root=root)
-        dataset, metric = local_rank0_first(args, partial(open_labelled, name, opened))[1:]
-        if list(dataset.classes) != classes:
-            raise UserError(f"--data {name}: has other classes than {args.evaluate[0]} was trained on")
+        root = args.data_root if args.data else own["data_root"]
+        opened = replace_args(args, image_size=models[0].encoder.config["image_size"], data_root=root)
+        _, dataset, metric = local_rank0_first(args, partial(open_labelled, name, opened))
+    for path, saved in zip(args.evaluate, runs):
+        if saved["classes"] != dataset.classes:
+            raise UserError(f"--evaluate {path}: was trained on other classes than those of {name}")
 
     # Average the probabilities, each model's on images of its own size.
     p = 0
-    for model, saved in models:
-
-        def probabilities(images):
-            logits = model.logits(normalize(images, saved["info"]["mean"], saved["info"]["std"]))
-            return logits.sigmoid() if model.multi_label else logits.softmax(dim=1)
-
+    for model in models:
         samples = EvalDataset(dataset, model.encoder.config["image_size"])
-        p = p + predict_dataset(probabilities, samples, args, device) / len(models)
-
-    # Write the classes (of many labels an image the best, and what is likelier than not), or the numbers.
+        logits = predict_logits(model, samples, args, device)
+        p = p + (logits.sigmoid() if model.multi_label else logits.softmax(dim=1)) / len(models)
     if dist.get_rank() > 0:
         return 0
+
+    # Write the numbers, or the classes: of many labels an image the best, and what is likelier than not.
     folder = RunFolder(args.out or "runs/evaluate")
-    if args.predict:
-        shown = F.one_hot(p.argmax(dim=1), len(classes)).bool() | ((p >= 0.5) & (metric == "map11"))
-        rows = [[files.paths[i], classes[c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist()]
-        write_csv(folder, "predictions.csv", [["file", "class", "probability"], *rows])
-        print(f"{folder.path / 'predictions.csv'}: {len(files)} images", flush=True)
+    if not args.predict:
+        write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", report(folder, p, dataset, metric))
         return 0
-    labels = torch.tensor(dataset.labels)
-    results = compute_metrics(p, labels, metric)
-    folder.write_text("results.json", json.dumps(results, indent=1))
-    if metric != "map11":
-        write_confusion(folder, confusion_matrix(p.argmax(dim=1).cpu(), labels, len(classes)), classes)
-    shown = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
-    print(f"{' + '.join(args.evaluate)} on {name}: {shown}", flush=True)
+    shown = F.one_hot(p.argmax(dim=1), len(dataset.classes)).bool() | ((p >= 0.5) & (metric == "map11"))
+    rows = [[files.paths[i], dataset.classes[c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist()]
+    write_csv(folder, "predictions.csv", [["file", "class", "probability"], *rows])
+    print_rank0(f"{folder.path / 'predictions.csv'}: {len(files)} images")
     return 0
 
 
@@ -829,16 +773,11 @@ def evaluate(args, argv, device):
 # ============================================================================================================
 # What differs between protocols. Batches are ours, for a laptop, and fine-tuning's epochs; the papers' are in
 # docs.
+PROBE = dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0)  # MAE's code, and CAE's
 DEFAULTS = {
-    "finetune": dict(
-        epochs=10, batch_size=64, warmup_epochs=1, weight_decay=0.05, crop_scale=[0.08, 1.0]
-    ),  # MAE's code
-    "linear": dict(
-        epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]
-    ),  # MAE's code
-    "attentive": dict(
-        epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0, crop_scale=[0.08, 1.0]
-    ),  # CAE's
+    "finetune": dict(epochs=10, batch_size=64, warmup_epochs=1, weight_decay=0.05),  # MAE's code
+    "linear": PROBE,
+    "attentive": PROBE,
 }
 
 
@@ -870,24 +809,13 @@ def add_encoder_args(parser):
 
 
 def parse_args(argv=None):
-    """Flags -> args. Two phases, --protocol first, because each protocol has flags and defaults of its
-    own."""
-    # Find the protocol.
+    """Flags -> args. Two phases, --protocol first, because
+    each protocol has flags and defaults of its own."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = Parser(prog="finetune.py", add_help=False, allow_abbrev=False)
-    first.add_argument(
-        "--protocol", choices=DEFAULTS, default="linear", help="what is trained on top of the encoder"
-    )
-    protocol = first.parse_known_args(argv)[0].protocol
+    what = "what is trained on top of the encoder"
+    protocol, parser = first_phase("finetune.py", "protocol", DEFAULTS, "linear", what, argv)
 
     # Collect its flags.
-    parser = Parser(
-        prog=f"finetune.py --protocol {protocol}",
-        parents=[first],
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
     add_encoder_args(parser)
     add_run_args(parser)
     add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
@@ -921,6 +849,7 @@ def parse_args(argv=None):
         image_size=None,
         patch_size=None,
         size=None,
+        crop_scale=[0.08, 1.0],  # MAE's code, and CAE's
         **{**defaults, "batch_size": share_of_batch(defaults["batch_size"], multiple=2)},
     )
 
@@ -930,19 +859,17 @@ def parse_args(argv=None):
     check_encoder_args(parser, args)
     if args.evaluate and len(args.data) > 1:
         parser.error(f"--evaluate: one set at a time, not --data {' '.join(args.data)}")
-    names = [Path(name).name for name in args.data]
-    twice = [data for data, name in zip(args.data, names) if names.count(name) > 1]
-    if twice:
+    if len({Path(name).name for name in args.data}) < len(args.data):
         parser.error(
-            f"--data {' '.join(twice)}: runs of the same name would share a folder; give them one by one, "
+            f"--data {' '.join(args.data)}: two of the same name would share a folder; give them one by one, "
             f"each with its --out"
         )
     return args
 
 
 def add_finetune_args(add):
-    """Numbers of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows; CAE's (Appendix A) are
-    the same."""
+    """Numbers of MAE's code for ViT-B at 224 pixels, which
+    MixedAE Sec. 4.2 follows; CAE's (Appendix A) are the same."""
     add(
         "--layer-decay",
         type=bounded(float, 1e-6, 1),
@@ -955,7 +882,7 @@ def add_finetune_args(add):
         default=0.1,
         help="stochastic depth of the last block, rising linearly from 0 in the first",
     )
-    add("--smoothing", type=bounded(float, 0, 0.99), default=0.1, help="label smoothing")
+    add("--smoothing", type=unit_float, default=0.1, help="label smoothing")
     add("--mixup", type=natural_float, default=0.8, help="alpha of MixUp; 0: off")
     add(
         "--cutmix",
@@ -985,76 +912,58 @@ def check_encoder_args(parser, args):
 # ------------------------------------------------------------------------------------------------------------
 # Encoders
 # ------------------------------------------------------------------------------------------------------------
-def from_cae(weights):
-    """A CAE encoder's names, its prefix `encoder.` stripped -> ours. The regressor's position table would
-    take the place of the encoder's."""
-    return cae.from_official(
-        {name: value for name, value in weights.items() if not name.endswith("rd_pos_embed")}
-    )
-
-
-# Published layouts: how to know one by its names; where the weights lie in a file (or they are the file);
-# what turns its names into those of our ViT; the feature that its authors probe; heads by width, which no
-# state dict shows. The first that fits is taken.
-Layout = namedtuple("Layout", "name sign inside convert feature heads")
+# Published layouts: how to know one by its names; what turns these into the names of our ViT; the feature
+# that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
+Layout = namedtuple("Layout", "name sign convert feature heads")
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 LAYOUTS = (
-    Layout(
-        "CAE", "blocks.0.attn.q_bias", ("model", "module", "state_dict"), from_cae, "cls", {**HEADS, 384: 12}
-    ),
-    Layout(
-        "MCMAE",
-        "blocks3.0.norm1.weight",
-        ("model",),
-        lambda w: strip_prefixes(from_official_mcmae(w)),
-        "mean",
-        HEADS,
-    ),
-    Layout("DINO", "", ("teacher", "student"), dict, "cls", HEADS),
-    Layout("MAE or timm", "", ("model", "state_dict"), dict, "cls", HEADS),
+    Layout("CAE", "blocks.0.attn.q_bias", cae.from_official, "cls", {**HEADS, 384: 12}),
+    Layout("MCMAE", "blocks3.0.norm1.weight", from_official_mcmae, "mean", HEADS),
+    Layout("MAE, DINO or timm", "pos_embed", dict, "cls", HEADS),
 )
-# What is no part of an encoder.
+# Where the weights lie in a file, if the file is not the weights. DINO's have a student too.
+WRAPPERS = ("teacher", "model", "module", "state_dict")
+# What is no part of an encoder, by the names of the layouts.
 LEFT_ASIDE = (
     "head",
     "fc_norm",
     "pre_logits",
     "decoder",
     "mask_token",
-    "regressor",
-    "project",
     "lm_head",
-    "stage_fusion",
+    "regresser",
+    "pretext_neck",
+    "encoder_to_",
+    "rd_pos_embed",
+    "stage",
 )
 
 
 def read_published(state, path, heads):
-    """A published file's content -> (weights by our names, shape of the ViT, its layout)."""
-    if "args" in state and (
-        {"optimizer", "step"} <= state.keys() or {"config", "info", "classes"} <= state.keys()
-    ):
+    """A published file's content -> (weights by our names, shape of the ViT, feature that its authors probe,
+    whether its last LayerNorm was one for mean features)."""
+    if "args" in state and state.keys() & {"step", "classes"}:
         raise UserError(
             f"{path}: a checkpoint of this project, not an encoder; give the encoder.pt of the run"
         )
-
-    # Find the layout, and the weights in the file.
-    for layout in LAYOUTS:
-        inside = next((state[key] for key in layout.inside if isinstance(state.get(key), dict)), None)
-        if inside is None:
-            inside = {} if layout.name == "DINO" else state
-        weights = {
-            name: value for name, value in inside.items() if isinstance(name, str) and torch.is_tensor(value)
-        }
-        weights = strip_prefixes(weights)
-        if weights and (not layout.sign or layout.sign in weights):
-            break
-
-    # Read the shape of the ViT off them.
     try:
-        weights = layout.convert(weights)
+        # Find the weights in the file, and the layout.
+        inside = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+        found = strip_prefixes({name: value for name, value in inside.items() if torch.is_tensor(value)})
+        layout = next(layout for layout in LAYOUTS if layout.sign in found)
+
+        # Let the LayerNorm of mean features stand for the last one, and leave aside what is no encoder.
+        mean_pooled = "fc_norm.weight" in found and "norm.weight" not in found
+        if mean_pooled:
+            found = rename(found, [(r"^fc_norm\.", "norm.")])
+        kept = {name: value for name, value in found.items() if not name.startswith(LEFT_ASIDE)}
+
+        # Read the shape of the ViT off them.
+        weights = strip_prefixes(layout.convert(kept))
         shape = read_shape(weights)
         if shape["channels"] != 3:
             raise ValueError("not for colour images")
-    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
+    except Exception:  # names and shapes of all kinds make them raise all kinds
         raise UserError(
             f"{path}: no Vision Transformer for colour images in it (looked for patch_embed.proj.weight, "
             f"pos_embed and blocks.0.mlp.fc1.weight)"
@@ -1064,55 +973,56 @@ def read_published(state, path, heads):
         raise UserError(
             f"{path}: its file does not say how many heads a ViT of width {shape['width']} has; give --heads"
         )
-    return weights, shape, layout
+
+    # Say what was found.
+    print_rank0(
+        f"{path}: {layout.name} layout, {len(weights)} tensors of the encoder, {len(found) - len(kept)} "
+        f"others (heads, decoder) left aside"
+    )
+    if mean_pooled:
+        print_rank0(
+            f"{path}: fine-tuned with mean pooling; its fc_norm stands for norm, and fills a new LayerNorm"
+        )
+    return weights, shape, "mean" if mean_pooled else layout.feature, mean_pooled
 
 
 def open_encoder(args):
     """--encoder -> (ViT at --image-size, info, weights of a LayerNorm for mean features or None). info has
     method, feature, mean, std."""
-    path, fc_norm = args.encoder, None
+    path, mean_pooled = args.encoder, False
     info = {"method": "random", "feature": "mean", "mean": list(MEAN), "std": list(STD)}
     flags = ("image_size", "patch_size", "size", "width", "depth", "heads")
-    given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
-    statistics = {key: getattr(args, key) for key in ("mean", "std") if getattr(args, key)}
+    given = {flag: value for flag, value in vars(args).items() if flag in flags and value is not None}
 
-    # A random encoder is what train.py would start from.
+    # Make a random encoder, as train.py would start from; or read our own file, or a published one.
     if path == "none":
-        words = []
-        for flag, value in given.items():
-            words += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-        made = build_encoder(train.parse_args(["--method", "mae", *words]))
-        return made, {**info, **statistics}, None
-
-    # Read our own file, or a published one.
-    state = load_file(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no weights by name")
-    if {"config", "state_dict"} <= state.keys():
-        encoder, info = unpack_encoder(state, path)
-        weights, shape = state["state_dict"], encoder.config
+        sizes = argparse.ArgumentParser()
+        add_size_args(sizes)
+        sizes = sizes.parse_args([], argparse.Namespace(**given))
+        resolve_sizes(sizes)
+        encoder = build_encoder(sizes)
     else:
-        weights, shape, layout = read_published(state, path, args.heads)
-        info = {**info, "method": Path(path).stem, "feature": layout.feature}
-        if {"fc_norm.weight", "fc_norm.bias"} <= weights.keys() and "norm.weight" not in weights:
-            fc_norm = {key: weights.pop(f"fc_norm.{key}") for key in ("weight", "bias")}
-            info["feature"] = "mean"
-            weights |= {f"norm.{key}": value for key, value in fc_norm.items()}
-            print_rank0(
-                f"{path}: fine-tuned with mean pooling; its fc_norm stands for norm, and fills a new "
-                "LayerNorm"
-            )
-        others = [name for name in weights if name.startswith(LEFT_ASIDE)]
-        weights = {name: value for name, value in weights.items() if name not in others}
-        print_rank0(
-            f"{path}: {layout.name} layout, {len(weights)} tensors of the encoder, {len(others)} others "
-            f"(heads, decoder) left aside"
-        )
+        state = load_file(path)
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: holds no weights by name")
+        if {"config", "state_dict"} <= state.keys():
+            encoder, info = unpack_encoder(state, path)
+            weights, shape = state["state_dict"], encoder.config
+        else:
+            weights, shape, feature, mean_pooled = read_published(state, path, args.heads)
+            info |= {"method": Path(path).stem, "feature": feature}
+        encoder = load_at_size(weights, shape, given, path)
+    if args.mean:
+        info |= {"mean": args.mean, "std": args.std}
+    return encoder, info, encoder.norm.state_dict() if mean_pooled else None
 
-    # Build it at the size that is asked for, and load it strictly.
+
+def load_at_size(weights, shape, given, path):
+    """The ViT of a file, at the image size that is asked for,
+    loaded strictly. given: the size flags that were given."""
     for flag in given.keys() - {"image_size"}:
-        if given[flag] != shape.get(flag):
-            has = shape.get(flag, "a size of its own")
+        has = shape.get(flag, "a size of its own")
+        if given[flag] != has:
             raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: {path} has {has}; leave the flag out")
     size = given.get("image_size", shape["image_size"])
     encoder = ViT(**{**shape, "image_size": [size[0], size[-1]]})
@@ -1122,7 +1032,7 @@ def open_encoder(args):
         encoder.load_state_dict({**weights, "pos_embed": positions})
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit a ViT: {one_line(error, 250)}") from None
-    return encoder, {**info, **statistics}, fc_norm
+    return encoder
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1135,157 +1045,112 @@ VOC_CLASSES = (
 
 
 def voc_labels(dataset):
-    """Which classes an image shows, (20,) each; an object marked difficult does not count (Ericsson et al.,
-    CVPR 2021)."""
+    """Which classes an image shows, (20,) each; an object marked
+    difficult does not count (Ericsson et al., CVPR 2021)."""
     labels = []
     for path in dataset.targets:
-        objects = xml.etree.ElementTree.parse(path).getroot().iter("object")
-        shown = {
-            thing.findtext("name") for thing in objects if thing.findtext("difficult", "0").strip() == "0"
-        }
+        objects = ElementTree.parse(path).iter("object")
+        shown = {thing.findtext("name") for thing in objects if thing.findtext("difficult") != "1"}
         labels.append([float(name in shown) for name in VOC_CLASSES])
     return labels
 
 
-# The transfer sets of MixedAE Table 2 but for CIFAR, which data.py opens: torchvision's class; arguments of
-# the training splits and of the test split, or lists of files that choose one; what gives labels and classes;
-# the metric of the literature; sizes; and what to do by hand.
-Row = namedtuple("Row", "kind train test labels classes metric sizes by_hand")
-TRAIN, VAL, TEST, TRAINVAL = ({"split": split} for split in ("train", "val", "test", "trainval"))
-VOC = {"year": "2007", "image_set": "trainval"}
+# The transfer sets of MixedAE Table 2 but for CIFAR, which data.py opens: torchvision's class; arguments that
+# choose its training splits and its test splits; the metric of the literature; sizes; what to do by hand. If
+# files list what is trained and tested on: these, and a function that gives the names of all samples as the
+# files have them. Then functions that give labels and classes.
+Row = namedtuple(
+    "Row",
+    "kind train test metric sizes by_hand lists names labels classes",
+    defaults=["", (None, None), None, attrgetter("_labels"), attrgetter("classes")],
+)
 SETS = {
-    "aircraft": Row(
-        "FGVCAircraft", [TRAINVAL], TEST, "_labels", "classes", "mean_per_class", (6667, 3333), ""
-    ),
+    "aircraft": Row("FGVCAircraft", ["trainval"], ["test"], "mean_per_class", (6667, 3333)),
     "caltech101": Row(
         "Caltech101",
-        "caltech101/train.txt",
-        "caltech101/test.txt",
-        "y",
-        "categories",
+        [""],
+        [""],
         "mean_per_class",
         (2416, 6728),
         "it has no official split: put Ericsson et al.'s lists of lines like "
         "accordion/image_0001.jpg into caltech101/train.txt and caltech101/test.txt",
+        ("caltech101/train.txt", "caltech101/test.txt"),
+        lambda d: [f"{d.categories[y]}/image_{i:04d}.jpg" for y, i in zip(d.y, d.index)],
+        attrgetter("y"),
+        attrgetter("categories"),
     ),
     "cars": Row(
         "StanfordCars",
-        [TRAIN],
-        TEST,
-        lambda d: [y for _, y in d._samples],
-        "classes",
+        ["train"],
+        ["test"],
         "top1",
         (8144, 8041),
         "its download is dead: put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into "
         "stanford_cars/",
+        labels=lambda d: [y for _, y in d._samples],
     ),
-    "dtd": Row("DTD", [TRAIN, VAL], TEST, "_labels", "classes", "top1", (3760, 1880), ""),
-    "flowers": Row(
-        "Flowers102", [TRAIN, VAL], TEST, "_labels", "classes", "mean_per_class", (2040, 6149), ""
-    ),
-    "food": Row("Food101", [TRAIN], TEST, "_labels", "classes", "top1", (75750, 25250), ""),
-    "pets": Row("OxfordIIITPet", [TRAINVAL], TEST, "_labels", "classes", "mean_per_class", (3680, 3669), ""),
+    "dtd": Row("DTD", ["train", "val"], ["test"], "top1", (3760, 1880)),
+    "flowers": Row("Flowers102", ["train", "val"], ["test"], "mean_per_class", (2040, 6149)),
+    "food": Row("Food101", ["train"], ["test"], "top1", (75750, 25250)),
+    "pets": Row("OxfordIIITPet", ["trainval"], ["test"], "mean_per_class", (3680, 3669)),
     "sun397": Row(
         "SUN397",
-        "SUN397/Training_01.txt",
-        "SUN397/Testing_01.txt",
-        "_labels",
-        "classes",
+        [""],
+        [""],
         "top1",
         (19850, 19850),
         "its download is dead: put the folder SUN397/ with Training_01.txt and Testing_01.txt of its "
         "Partitions.zip there",
+        ("SUN397/Training_01.txt", "SUN397/Testing_01.txt"),
+        lambda d: [file.relative_to(d._data_dir).as_posix() for file in d._image_files],
     ),
     "voc2007": Row(
         "VOCDetection",
-        [VOC],
-        {**VOC, "image_set": "test"},
-        voc_labels,
-        lambda d: VOC_CLASSES,
+        ["2007 trainval"],
+        ["2007 test"],
         "map11",
         (5011, 4952),
-        "",
+        labels=voc_labels,
+        classes=lambda d: VOC_CLASSES,
     ),
 }
 
 
-def attribute(dataset, what):
-    """A column of SETS, the name of an attribute or a function, of a data set."""
-    return what(dataset) if callable(what) else getattr(dataset, what)
-
-
-def list_chooses(dataset, labels, path, size):
-    """Indices of a data set's images that a text file of `size` paths names, '/abbey/sun_x.jpg' or
-    'accordion/image_0001.jpg'."""
-    # Name the images as the lists do.
-    if hasattr(dataset, "_image_files"):  # SUN397, whose own order depends on the disk
-        place = {
-            "/" + file.relative_to(dataset._data_dir).as_posix(): i
-            for i, file in enumerate(dataset._image_files)
-        }
-    else:  # Caltech101
-        place = {
-            f"/{dataset.categories[y]}/image_{dataset.index[i]:04d}.jpg": i for i, y in enumerate(labels)
-        }
-
-    # Read the list; torchvision leaves a class of Caltech101 out.
-    lines = ["/" + line.strip().lstrip("/") for line in Path(path).read_text().splitlines() if line.strip()]
-    if len(lines) != size:
-        raise UserError(f"{path}: lists {len(lines)} images, not {size}; is it complete?")
-    wanted = [line for line in lines if not line.startswith("/BACKGROUND_Google/")]
-    if len(wanted) < len(lines):
-        print_rank0(
-            f"{path}: {len(lines) - len(wanted)} of its {len(lines)} images are of BACKGROUND_Google, which "
-            f"torchvision leaves out"
-        )
+def choose_listed(dataset, names, path):
+    """The samples of a set that a text file of paths lists -> (set, number of lines). names: of all samples,
+    as such files have them, but for a slash in front."""
+    place = {name: i for i, name in enumerate(names)}
+    lines = [line.strip("/") for line in path.read_text().split()]
+    wanted = [line for line in lines if not line.startswith("BACKGROUND_Google/")]  # torchvision has it not
     missing = [line for line in wanted if line not in place]
     if missing:
-        raise UserError(
-            f"{path}: {len(missing)} of its {len(lines)} images are not there, the first is {missing[0]}"
-        )
-    return [place[line] for line in wanted]
+        raise ValueError(f"{len(missing)} images that {path} lists are not there, the first is {missing[0]}")
+    return dataset.choose([place[line] for line in wanted]), len(lines)
 
 
 def open_transfer_set(name, args):
     """A row of SETS -> (training set, test set), sizes checked."""
-    row, root = SETS[name], Path(args.data_root)
-    kind = partial(getattr(torchvision.datasets, row.kind), root, download=args.download)
-
-    def labelled(parts):
-        return LabeledDataset(
-            [(part, attribute(part, row.labels)) for part in parts], attribute(parts[0], row.classes)
-        )
-
+    row, root, sets = SETS[name], Path(args.data_root), []
+    kind = getattr(torchvision.datasets, row.kind)
     try:
-        if isinstance(row.train, str):  # a list of files is the split
-            whole = labelled([kind()])
-            ((dataset, labels),) = whole.parts
-            train_set, test_set = (
-                whole.choose(list_chooses(dataset, labels, root / path, size))
-                for path, size in zip((row.train, row.test), row.sizes)
-            )
-        else:
-            train_set, test_set = (
-                labelled([kind(**split) for split in row.train]),
-                labelled([kind(**row.test)]),
-            )
-        train_set[0], test_set[0]  # some sets find out only here that scipy or a file is missing
-    except UserError:
-        raise
+        for splits, path, size in zip((row.train, row.test), row.lists, row.sizes):
+            parts = [kind(root, *split.split(), download=args.download) for split in splits]
+            labelled = [(part, row.labels(part)) for part in parts]
+            dataset = LabeledDataset(labelled, row.classes(parts[0]))
+            found = len(dataset)
+            if path:
+                dataset, found = choose_listed(dataset, row.names(parts[0]), root / path)
+            if found != size:
+                raise ValueError(f"there are {found} images, not {size}; is it complete?")
+            dataset[0]  # some sets find out only here that scipy or a file is missing
+            sets.append(dataset)
     except Exception as error:  # each set and each server fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        advice = row.by_hand or ("is there a network?" if args.download else "add --download")
-        advice = "pip install scipy" if "scipy" in reason.lower() else advice
+        advice = row.by_hand or "add --download, which needs a network"
+        advice = "pip install scipy" if "scipy" in str(error).lower() else advice
         raise UserError(
-            f"--data {name}: {reason} -- looked below {args.data_root} (--data-root); {advice}"
+            f"--data {name}: {one_line(error, 250)} -- looked below {args.data_root} (--data-root); {advice}"
         ) from None
-    found = (len(train_set), len(test_set))
-    if not isinstance(row.train, str) and found != row.sizes:
-        raise UserError(
-            f"--data {name}: {found[0]} training and {found[1]} test images below {args.data_root}, not "
-            f"{row.sizes[0]} and {row.sizes[1]}; is it complete?"
-        )
-    return train_set, test_set
+    return sets
 
 
 def open_labelled(name, args):
@@ -1295,6 +1160,7 @@ def open_labelled(name, args):
         train_set, test_set = open_transfer_set(name, args)
         metric = SETS[name].metric
     else:
+        metric = "top1"
         found, held_out = open_sets(replace_args(args, data=name))
         held_out = found if held_out is None and args.evaluate else held_out
         if not found.classes or held_out and not held_out.classes:
@@ -1310,7 +1176,6 @@ def open_labelled(name, args):
         train_set, test_set = (
             LabeledDataset([(part, part.labels)], part.classes) for part in (found, held_out)
         )
-        metric = "top1"
 
     # Check that there is something to tell apart.
     differ = sorted(set(train_set.classes) ^ set(test_set.classes))
@@ -1320,9 +1185,7 @@ def open_labelled(name, args):
             f"{differ[0]}"
         )
     if len(train_set.classes) < 2:
-        raise UserError(
-            f"--data {name}: has one class only ({train_set.classes[0]}); nothing can be told apart"
-        )
+        raise UserError(f"--data {name}: has one class only; nothing can be told apart")
     return fewer_labels(train_set, args), test_set, metric
 
 
@@ -1330,20 +1193,21 @@ def fewer_labels(train_set, args):
     """--label-fraction of each class's images, at least one, always the same ones for a seed."""
     if args.label_fraction == 1:
         return train_set
-    if isinstance(train_set.label(0), list):
+    labels = torch.tensor(train_set.labels)
+    if labels.ndim > 1:
         raise UserError("--label-fraction: is for one label an image; leave it out for voc2007")
-    by_class = {}
-    for i in torch.randperm(len(train_set), generator=torch.Generator().manual_seed(args.seed)).tolist():
-        by_class.setdefault(train_set.label(i), []).append(i)
-    chosen = [ids[: max(1, round(args.label_fraction * len(ids)))] for ids in by_class.values()]
-    return train_set.choose(sorted(i for ids in chosen for i in ids))
+    order, chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)), []
+    for label in labels.unique():
+        ids = order[labels[order] == label].tolist()
+        chosen += ids[: max(1, round(args.label_fraction * len(ids)))]
+    return train_set.choose(sorted(chosen))
 
 
 def main(argv=None):
     """Parse, join the processes, then evaluate finished runs or make new ones."""
 
     def program(args, argv, device):
-        return (evaluate if args.evaluate else transfer)(args, argv, device)
+        return evaluate(args, device) if args.evaluate else transfer(args, argv, device)
 
     run_program("finetune.py", argv, parse_args, program)
 

@@ -518,8 +518,8 @@ def check_args(args):
 #   Sec. 3.2 says: a patch of an image may be seen under two of them, or under none.
 # - Eq. 6 speaks of query *patches* and key *patches*, so these take part in TopK, and K = 0.25 L counts
 #   patches. The CLS key is always kept and not counted, and the CLS query sees all keys, so CLS remains a
-# path   between the images of a group. `--cls-in-topk` treats CLS as one more patch: every query keeps K of
-# all   1 + L keys. The decoder's attention stays global, because each of its sequences holds one image.
+# path between the images of a group. `--cls-in-topk` treats CLS as one more patch: every query keeps K of
+# all 1 + L keys. The decoder's attention stays global, because each of its sequences holds one image.
 # - There is one CLS token per mixed image, without segment embedding, and unmixing copies it to each of the n
 #   sequences. [MASK] enters after the decoder's embedding, as in MAE.
 # - Segment embeddings are n learned vectors, added together with the positions. A clean image is one segment,

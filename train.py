@@ -262,7 +262,8 @@ def train_loop(run, dataset, test):
         print_rank0(
             f"stopped after {done}; {args.out} holds the last checkpoint; the same command resumes from it"
         )
-    if run.folder and run.folder.failed:
+    save_failed = run.folder is not None and run.folder.failed
+    if mean_over_processes({"failed": save_failed}, run.device)["failed"]:
         return 1
     if stopping:  # where another process got the signal, its number is not known here
         return 128 + (stop[0] if stop else signal.SIGTERM)
@@ -298,8 +299,7 @@ def forward_backward(run, micro_batches, step):
 
 
 def mean_over_processes(values, device):
-    """{name: () tensor or number} -> {name: float}, averaged; a NaN anywhere shows everywhere. The one
-    synchronisation of a step."""
+    """{name: () tensor or number} -> {name: float}, averaged. A NaN in one process shows in all of them."""
     vector = torch.stack(
         [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
     )
@@ -492,7 +492,7 @@ def wrap_ddp(model, args, device, example):
     for block in blocks:
         block.recompute = args.recompute
         if args.compile:
-            # Each block has its own drop path, so a graph of its own, with and without gradient.
+            # A graph for each drop path rate, with and without gradient: more than torch allows by itself.
             torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
             block.compile(dynamic=False)  # in place: the names in the state dict stay
     device_ids = [device.index] if device.type == "cuda" else None
@@ -755,14 +755,15 @@ def pretrain(args, argv, device):
 
     # Say what there is now, and what to run next.
     made = getattr(run.model, "export_file", "encoder.pt")
-    following = f"What is it worth? python finetune.py --encoder {args.out}/{made} --cache-features"
+    following = f"What is it worth? python finetune.py --encoder {args.out}/{made} --cache-features --data "
+    following += args.data if run.dataset["classes"] else "SET (a labelled one)"
     if made == "tokenizer.pt":
-        target = f"dvae:{args.out}/{made}"
-        following = f"Predict its ids: python train.py --method cae --target {target} --out {args.out}-cae"
+        target = f"dvae:{args.out}/{made} --out {args.out}-cae --data {args.data}"
+        following = f"Predict its ids: python train.py --method cae --target {target}"
     already = " already" if run.batches.start == run.batches.steps else ""
     print_rank0(
         f"finished{already}: {args.out} holds {made} (what transfers), checkpoint.pt, log.jsonl and "
-        f"pictures/. {following} --data {args.data}"
+        f"pictures/. {following}"
     )
     return code
 
@@ -844,6 +845,18 @@ def render_panels(model, args, images, device):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} -h lists the flags)")
+
+
+def first_phase(program, flag, choices, default, what, argv):
+    """Read the one flag on which the other flags and their
+    defaults depend -> (its value, a parser for them all)."""
+    first = Parser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{flag}", choices=choices, default=default, help=what)
+    value = getattr(first.parse_known_args(argv)[0], flag)
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    return value, Parser(
+        prog=f"{program} --{flag} {value}", parents=[first], allow_abbrev=False, formatter_class=shown
+    )
 
 
 def share_of_batch(images, multiple=1):
@@ -958,20 +971,10 @@ def parse_args(argv=None, base=()):
 
     base: an earlier command whose flags are taken over where this method knows them (--benchmark).
     """
-    # Find the method.
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    first.add_argument("--method", choices=METHODS, default="mixedae", help="what to train")
-    method = first.parse_known_args(argv)[0].method
+    method, parser = first_phase("train.py", "method", METHODS, "mixedae", "what to train", argv)
 
     # Collect the flags of the run, of the data, of the sizes and of the method.
-    parser = Parser(
-        prog=f"train.py --method {method}",
-        parents=[first],
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
     add_run_args(parser)
     add = parser.add_argument_group("pre-training").add_argument
     add(

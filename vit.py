@@ -30,6 +30,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +57,7 @@ def unpatchify(patches, grid, p):
 def patch_stats(patches):
     """Mean and standard deviation of each patch over all its P values: two of (B, L, 1).
 
-    The variance is the unbiased one and 1e-6 stands inside the root, as in MAE: flat patches show the
-    difference.
+    The variance is the unbiased one and 1e-6 stands inside the root, as in MAE: it matters in flat patches.
     """
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
@@ -118,8 +118,8 @@ def sincos_positions(dim, grid, prefix=1):
     if dim % 4:
         raise UserError(f"width {dim}: the sine-cosine position table needs a multiple of 4")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim / 4,)
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
-    angles = [axis.flatten().outer(frequencies) for axis in (columns, rows)]  # two of (L, dim / 4)
+    rows, columns = torch.cartesian_prod(*map(torch.arange, grid)).T  # (L,) each
+    angles = [axis.outer(frequencies) for axis in (columns, rows)]  # two of (L, dim / 4)
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (L, dim)
     return F.pad(table, (0, 0, prefix, 0)).unsqueeze(0).float()  # (1, prefix + L, dim)
 
@@ -157,7 +157,8 @@ def keep_topk(scores, k, cls_in_topk=False):
     keep = torch.ones_like(scores, dtype=torch.bool)  # row and column of CLS stay True
     best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
     # Scatter indices: a threshold would keep more than k where scores tie, as they often do in bf16.
-    keep[..., first:, first:] = torch.zeros_like(keep[..., first:, first:]).scatter_(-1, best, True)
+    keep[..., first:, first:] = False
+    keep[..., first:, first:].scatter_(-1, best, True)
     return keep
 
 
@@ -168,6 +169,9 @@ class Attention(nn.Module):
     that TopK kept (None in a global layer) and the probabilities.
     """
 
+    record = False
+    recorded = None
+
     def __init__(self, dim, heads, topk=None, cls_in_topk=False):
         super().__init__()
         if dim % heads:
@@ -175,8 +179,6 @@ class Attention(nn.Module):
         self.heads = heads
         self.topk = topk
         self.cls_in_topk = cls_in_topk
-        self.record = False
-        self.recorded = None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -210,17 +212,18 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to keys and values of their own: CAE's regressor and probe.
 
-    Keys have no bias (CAE's code). While `record` is True each forward stores `recorded` (B, H, U, N), the
-    probabilities.
+    Keys have no bias (CAE's code). While `record` is True each forward stores the probabilities in
+    `recorded`, (B, H, U, N).
     """
+
+    record = False
+    recorded = None
 
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
             raise UserError(f"width {dim} is not a multiple of {heads} heads")
         self.heads = heads
-        self.record = False
-        self.recorded = None
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim)
@@ -236,16 +239,30 @@ class CrossAttention(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Blocks. Each kind has two attributes that may be set: `drop_path`, the probability that a sample skips a
-# branch in training, and `recompute`, which trades time for memory.
+# Blocks
 # ------------------------------------------------------------------------------------------------------------
-class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between them. `activation` may be set: CLIP has another."""
+class Residual(nn.Module):
+    """What the blocks have in common: residual branches, and two attributes that may be set. `drop_path` is
+    the probability that a sample skips a branch in training; `recompute` trades time for memory."""
 
-    def __init__(self, dim, hidden):
+    drop_path = 0.0
+    recompute = False
+
+    def drop(self, branch):
+        # Kept branches are divided by 1 - p, so that the expected output is unchanged.
+        return stochastic_depth(branch, self.drop_path, "row", self.training)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them. `activation` may be set: CLIP has another.
+
+    layer: the kind of the layers; the convolution stem takes convolutions of 1 x 1.
+    """
+
+    def __init__(self, dim, hidden, layer=nn.Linear):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = layer(dim, hidden)
+        self.fc2 = layer(hidden, dim)
         self.activation = F.gelu
 
     def forward(self, x):  # (B, N, D)
@@ -263,7 +280,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
+class Block(Residual):
     """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None, topk=None, cls_in_topk=False):
@@ -274,21 +291,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = 0.0
-        self.recompute = False
 
     def forward(self, x):  # (B, N, D)
         x = x + self.drop(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop(self.ls2(self.mlp(self.norm2(x))))
 
-    def drop(self, branch):
-        # Kept branches are divided by 1 - p, so that the expected output is unchanged.
-        return stochastic_depth(branch, self.drop_path, "row", self.training)
-
 
 def call_block(block, *inputs):
     """block(*inputs). With `recompute` its activations are computed again in the backward pass."""
-    if block.recompute and torch.is_grad_enabled():
+    if block.recompute:
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
@@ -299,22 +310,19 @@ def all_blocks(module):
 
 
 def set_drop_paths(module, rate):
-    """Stochastic depth (fine-tuning, CAE): `drop_path` rises linearly from 0 in the first block to `rate` in
-    the last."""
+    """Stochastic depth (fine-tuning, CAE): `drop_path` rises linearly over the blocks, from 0 to `rate`."""
     blocks = all_blocks(module)
     for block, value in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist()):
         block.drop_path = value
 
 
 def init_weights(module):
-    """MAE's initialisation, for `Module.apply`: linear layers xavier-uniform with bias 0; LayerNorms 1, 0."""
+    """MAE's initialisation of new modules, for `Module.apply`: linear layers xavier-uniform with bias 0.
+    LayerNorms keep PyTorch's weight 1 and bias 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,7 +337,8 @@ class PatchEmbed(nn.Module):
         # As a linear layer, xavier-uniform; the bias keeps PyTorch's default of convolutions.
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
-    def forward(self, images):
+    def forward(self, images, hidden=None, stages=None):
+        # No patch sees another, so nothing depends on `hidden`; and there are no stages.
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
@@ -359,11 +368,10 @@ class ViT(nn.Module):
         cls_in_topk=False,
     ):
         super().__init__()
-        if any(side < patch_size or side % patch_size for side in image_size):
-            strides = " (the strides 4 x 2 x 2 of the convolution stem)" if stem else ""
+        if any(side % patch_size for side in image_size):
             raise UserError(
                 f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size "
-                f"{patch_size}{strides}"
+                f"{patch_size}"
             )
         self.config = dict(
             image_size=list(image_size),
@@ -379,8 +387,8 @@ class ViT(nn.Module):
         )
         self.width = width
         self.patch_size = patch_size
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)  # (h, w)
-        self.num_patches = self.grid[0] * self.grid[1]  # L
+        self.grid = tuple(side // patch_size for side in image_size)  # (h, w)
+        self.num_patches = math.prod(self.grid)  # L
         self.num_prefix_tokens = int(class_token)  # timm's name: how many tokens stand before the patches
 
         self.patch_embed = (
@@ -402,13 +410,12 @@ class ViT(nn.Module):
 
         hidden, stages: for a ConvStem, see there. A plain patch embedding mixes no patches and needs neither.
         """
-        x = self.patch_embed(images, hidden, stages) if self.config["stem"] else self.patch_embed(images)
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        x = self.patch_embed(images, hidden, stages)
+        grid = tuple(side // self.patch_size for side in images.shape[-2:])
         return x + self.resize(self.pos_embed, self.grid, grid)[:, self.num_prefix_tokens :]
 
     def prepend_cls(self, x):
-        """(B, V, D) -> what the first block sees, (B, 1 + V, D). Without CLS nothing is added, here and
-        below."""
+        """(B, V, D) -> what the first block sees, (B, 1 + V, D). Without CLS it adds nothing."""
         if self.cls_token is not None:
             cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
             x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
@@ -445,7 +452,7 @@ class ViT(nn.Module):
         # Encode; record the attention of the last block if it is wanted.
         last = self.blocks[-1].attn
         last.record = attention
-        x, tapped = self.forward_blocks(x, taps or ())
+        x, tapped = self.forward_blocks(x, taps)
         x = self.norm(x)
         last.record = False
 
@@ -498,8 +505,7 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def features(self, x):
-        """The whole sequence with [MASK] inserted (B, 1 + L, Dd) -> patch tokens after the last norm (B, L,
-        Dd)."""
+        """The sequence with [MASK] inserted (B, 1 + L, Dd) -> patch tokens after the last norm (B, L, Dd)."""
         x = x + self.pos_embed
         for block in self.blocks:
             x = call_block(block, x)
@@ -525,33 +531,29 @@ def conv_embed(channels, width, k):
     )
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Residual):
     """A masked convolution block of MCMAE: where a transformer has attention, a 5 x 5 depthwise convolution
     between two of 1 x 1; then an MLP of 1 x 1 convolutions."""
 
     def __init__(self, dim, mlp_ratio):
         super().__init__()
-        hidden = int(dim * mlp_ratio)
+        conv = partial(nn.Conv2d, kernel_size=1)
         self.norm1 = LayerNorm2d(dim, eps=1e-5)  # not the transformer's 1e-6
-        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv1 = conv(dim, dim)
         self.attn = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)  # MCMAE's name; it is no attention
-        self.conv2 = nn.Conv2d(dim, dim, 1)
+        self.conv2 = conv(dim, dim)
         self.norm2 = LayerNorm2d(dim, eps=1e-5)
-        layers = dict(fc1=nn.Conv2d(dim, hidden, 1), gelu=nn.GELU(), fc2=nn.Conv2d(hidden, dim, 1))
-        self.mlp = nn.Sequential(OrderedDict(layers))
-        self.drop_path = 0.0
-        self.recompute = False
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), conv)
 
     def forward(self, x, keep=None):
-        """x (B, width, h, w); keep (B, 1, h, w), False where hidden, or None: nothing is -> (B, width, h,
-        w)."""
+        """x (B, width, h, w); keep (B, 1, h, w), False where hidden, or None -> (B, width, h, w)."""
         y = self.conv1(self.norm1(x))
         if keep is not None:
             # Zero the hidden places just before the one operation that mixes places, so that none of them
             # reaches a visible one.
             y = y * keep
-        x = x + stochastic_depth(self.conv2(self.attn(y)), self.drop_path, "row", self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+        x = x + self.drop(self.conv2(self.attn(y)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class ConvStem(nn.Module):
@@ -565,11 +567,12 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels, width, widths, depths, mlp_ratios):
         super().__init__()
-        self.embed1 = conv_embed(channels, widths[0], 4)
-        self.embed2 = conv_embed(widths[0], widths[1], 2)
-        self.embed3 = conv_embed(widths[1], width, 2)
-        self.blocks1 = nn.ModuleList(ConvBlock(widths[0], mlp_ratios[0]) for _ in range(depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(widths[1], mlp_ratios[1]) for _ in range(depths[1]))
+        width1, width2 = widths
+        self.embed1 = conv_embed(channels, width1, 4)
+        self.embed2 = conv_embed(width1, width2, 2)
+        self.embed3 = conv_embed(width2, width, 2)
+        self.blocks1 = nn.ModuleList(ConvBlock(width1, mlp_ratios[0]) for _ in range(depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(width2, mlp_ratios[1]) for _ in range(depths[1]))
         self.proj = nn.Linear(width, width)  # MCMAE's patch_embed4
         # As MCMAE's code has it; its other convolutions keep PyTorch's default.
         nn.init.xavier_uniform_(self.embed3.proj.weight.view(width, -1))
@@ -619,27 +622,26 @@ SIZES = {  # width, depth and heads of the encoder, then of the decoder
 }
 SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
 
-# With the convolution stem: widths, depths and MLP ratios of its two stages, then the number of blocks behind
-# them, the MLP ratio of these, and that of the decoder.
+
+def stem_size(width1, width2, depth=11, stage_depth=2, mlp_ratio=4):
+    """A size with the convolution stem: the widths of its two stages of `stage_depth` blocks each, and the
+    number of blocks behind them. `mlp_ratio` is that of the stages and of the decoder."""
+    return dict(
+        widths=[width1, width2],
+        depths=[stage_depth] * 2,
+        mlp_ratios=[mlp_ratio] * 2,
+        depth=depth,
+        mlp_ratio=4,
+        decoder_mlp_ratio=mlp_ratio,
+    )
+
+
 STEM_SIZES = {
-    # Ours, for a laptop.
-    "micro": dict(
-        widths=[32, 64], depths=[1, 1], mlp_ratios=[4, 4], depth=4, mlp_ratio=4, decoder_mlp_ratio=4
-    ),
-    # MCMAE's code, which has this size alone.
-    "base": dict(
-        widths=[256, 384], depths=[2, 2], mlp_ratios=[4, 4], depth=11, mlp_ratio=4, decoder_mlp_ratio=4
-    ),
-    # Forks of MCMAE's code.
-    "small": dict(
-        widths=[128, 256], depths=[2, 2], mlp_ratios=[4, 4], depth=11, mlp_ratio=4, decoder_mlp_ratio=4
-    ),
-    "large": dict(
-        widths=[384, 768], depths=[2, 2], mlp_ratios=[8, 8], depth=23, mlp_ratio=4, decoder_mlp_ratio=8
-    ),
-    "huge": dict(
-        widths=[768, 1024], depths=[2, 2], mlp_ratios=[8, 8], depth=31, mlp_ratio=4, decoder_mlp_ratio=8
-    ),
+    "micro": stem_size(32, 64, depth=4, stage_depth=1),  # ours, for a laptop
+    "small": stem_size(128, 256),  # forks of MCMAE's code
+    "base": stem_size(256, 384),  # MCMAE's code, which has this size alone
+    "large": stem_size(384, 768, depth=23, mlp_ratio=8),  # forks of MCMAE's code
+    "huge": stem_size(768, 1024, depth=31, mlp_ratio=8),  # forks of MCMAE's code
 }
 
 
@@ -669,8 +671,7 @@ size_int = bounded(int, 1, 65536)  # pixels, widths, heads
 
 def add_size_args(parser, encoder=True, decoder=True):
     """The flags that fix the shape of images and, if asked for, of encoder and decoder."""
-    group = parser.add_argument_group("model size (the defaults are a laptop's; ours)")
-    add = group.add_argument
+    add = parser.add_argument_group("model size (the defaults are a laptop's; ours)").add_argument
     add(
         "--image-size",
         type=size_int,
@@ -706,23 +707,23 @@ def add_size_args(parser, encoder=True, decoder=True):
 
 
 def resolve_sizes(args, sizes=SIZES):
-    """Make every size in `args` explicit, in place: the image size as [height, width], and the flags not
-    given."""
+    """Make every size in `args` explicit, in place: also
+    those not given, and the image size as [height, width]."""
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
     if not hasattr(args, "size"):  # a method without a ViT
         return
-    named = {"patch_size": 8, **dict(zip(SIZE_FLAGS, sizes[args.size]))}
+    named = dict(zip(SIZE_FLAGS, sizes[args.size]), patch_size=8)
     if getattr(args, "stem", "patch") == "conv":
         if args.size not in STEM_SIZES:
             raise UserError(f"--stem conv has no size {args.size}; choose {', '.join(STEM_SIZES)}")
         if args.patch_size not in (None, 16):
             raise UserError(
-                f"--patch-size {args.patch_size}: with --stem conv it is 16 = 4 x 2 x 2, the strides of "
-                f"its stages; leave the flag out"
+                f"--patch-size {args.patch_size}: the stages of --stem conv have the strides 4 x 2 x 2 = 16; "
+                "leave the flag out"
             )
-        named |= {"patch_size": 16, "depth": STEM_SIZES[args.size]["depth"]}
+        named.update(patch_size=16, depth=STEM_SIZES[args.size]["depth"])
     for flag, value in named.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
@@ -734,8 +735,7 @@ def build_encoder(args, **options):
 
 
 def build_decoder(args, encoder, **options):
-    """The decoder that the size flags describe, for this encoder; `options` are further arguments of
-    Decoder."""
+    """The decoder that the size flags describe; `options` are further arguments of Decoder."""
     return Decoder(encoder, args.decoder_width, args.decoder_depth, args.decoder_heads, **options)
 
 
@@ -750,27 +750,20 @@ def one_line(error, length=150):
 def load_file(path, allowed=()):
     """A file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing is ever unpickled freely.
 
-    allowed: further classes that may lie in it, each as (the class to make in its place, the file's name for
-    it).
+    allowed: further classes that may lie in it, each as (the class to make instead, its name in the file).
     """
     try:
         # Published files hold their flags in a Namespace, which does nothing.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"{path}: {error.strerror.lower()}; give a file of weights") from None
-    except pickle.UnpicklingError as error:
-        if "persistent_load" in str(error):
-            raise UserError(
-                f"{path}: a whole module as torch before 1.6 wrote it, which only free unpickling opens. "
-                f"If you trust it, convert it once, where nothing is at risk: "
-                f"torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)"
-            ) from None
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({found[1]})" if found else ""
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path}: holds more than tensors and plain values{what}, so it is not opened; use a file of "
-            f"plain weights"
+            f"{path}: holds more than tensors and plain values, or a whole module as torch before 1.6 wrote "
+            "it, "
+            "so it is not opened. Use a file of plain weights; if you trust this one, convert it once, where "
+            "nothing is at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)"
         ) from None
     except Exception as error:  # damaged files make torch raise all kinds
         raise UserError(
@@ -781,60 +774,55 @@ def load_file(path, allowed=()):
 def rename(state_dict, pairs):
     """A state dict with names changed by (pattern, replacement) regular expressions; the first that matches
     decides. Values are passed through, so a dict of gradients maps the same way."""
-
-    def new_name(name):
-        return next((re.sub(old, new, name, count=1) for old, new in pairs if re.search(old, name)), name)
-
-    return {new_name(name): value for name, value in state_dict.items()}
+    renamed = {}
+    for name, value in state_dict.items():
+        for old, new in pairs:
+            if re.search(old, name):
+                name = re.sub(old, new, name, count=1)
+                break
+        renamed[name] = value
+    return renamed
 
 
 def strip_prefixes(weights):
-    """Names without what wrappers put before all of them, in whatever order and as often as it is there."""
-    while True:
-        for prefix in ("module.", "_orig_mod.", "backbone.", "encoder.", "model."):
-            if any(name.startswith(prefix) for name in weights):
-                weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-                break
-        else:
-            return weights
+    """Names without what wrappers put before them, in whatever order and as often as it is there."""
+    return rename(weights, [(r"^((module|_orig_mod|backbone|encoder|model)\.)+", "")])
 
 
 def read_shape(weights):
     """What the tensors of a square ViT, by our names, say of its shape -> arguments of `ViT` but for heads,
-    which no tensor shows. Where they are no ViT it raises KeyError, ValueError, IndexError, TypeError or
-    ZeroDivisionError."""
+    which no tensor shows.
 
-    def count(prefix):
-        return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
+    What is no ViT raises KeyError, ValueError, IndexError, TypeError or ZeroDivisionError.
+    """
 
-    def mlp_ratio(block):
-        return len(weights[f"{block}.mlp.fc1.weight"]) / len(weights[f"{block}.norm1.weight"])
+    def read_blocks(name):
+        """The width of a list of blocks, their number, and their MLP ratio."""
+        width = len(weights[f"{name}.0.norm1.weight"])
+        depth = sum(key.startswith(f"{name}.") and key.endswith(".norm1.weight") for key in weights)
+        return width, depth, len(weights[f"{name}.0.mlp.fc1.weight"]) / width
 
-    # A convolution stem shows by its names; its own patches have 16 pixels, and MCMAE has no CLS.
-    stem, first = None, "patch_embed.proj.weight"
+    # A convolution stem shows by its names. Behind it a patch has 16 pixels.
     if "patch_embed.embed1.proj.weight" in weights:
-        stages = ("patch_embed.blocks1.", "patch_embed.blocks2.")
-        stem = {
-            "widths": [len(weights[f"{stage}0.norm1.weight"]) for stage in stages],
-            "depths": [count(stage) for stage in stages],
-            "mlp_ratios": [mlp_ratio(f"{stage}0") for stage in stages],
-        }
-        first = "patch_embed.embed1.proj.weight"
-    _, channels, patch_size, _ = weights[first].shape
-    patch_size = 16 if stem else patch_size
-    class_token = not stem or "cls_token" in weights
+        width1, depth1, ratio1 = read_blocks("patch_embed.blocks1")
+        width2, depth2, ratio2 = read_blocks("patch_embed.blocks2")
+        stem = dict(widths=[width1, width2], depths=[depth1, depth2], mlp_ratios=[ratio1, ratio2])
+        channels, patch_size = weights["patch_embed.embed1.proj.weight"].shape[1], 16
+    else:
+        stem = None
+        _, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
 
     # The position table has a row a patch, and one for CLS.
+    class_token = "cls_token" in weights
     side = math.isqrt(weights["pos_embed"].shape[1] - class_token)
-    if side < 1:
-        raise ValueError("an empty position table")
+    width, depth, mlp_ratio = read_blocks("blocks")
     return dict(
         image_size=[side * patch_size] * 2,
         patch_size=patch_size,
-        width=len(weights["blocks.0.norm1.weight"]),
-        depth=count("blocks."),
+        width=width,
+        depth=depth,
         channels=channels,
-        mlp_ratio=mlp_ratio("blocks.0"),
+        mlp_ratio=mlp_ratio,
         layer_scale=1.0 if "blocks.0.ls1.gamma" in weights else None,
         class_token=class_token,
         stem=stem,
@@ -848,12 +836,16 @@ def load_matching(model, weights, shape, source):
     shape: what the file says of its encoder (heads, image_size ...), or {}. Position tables are resized to
     the model's grid. A UserError begins with `source`.
     """
+    # Compare what no strict loading would notice: the position table depends on the patch size, and no tensor
+    # shows the heads.
     own, encoder = model.state_dict(), model.encoder
-    for key in ("patch_size", "heads"):  # of the first the position table depends, the second no tensor shows
+    for key in ("patch_size", "heads"):
         here = encoder.config[key]
         if shape.get(key, here) != here:
             flag = key.replace("_", "-")
             raise UserError(f"{source}: has {flag} {shape[key]} (here {here}); give --{flag} {shape[key]}")
+
+    # Load the encoder, with each position table resized.
     try:
         for name in [name for name in own if name.endswith("pos_embed") and name in weights]:
             # A file that does not say its image size is of a square one.
@@ -861,18 +853,17 @@ def load_matching(model, weights, shape, source):
             grid = [pixels // encoder.patch_size for pixels in shape.get("image_size", ())] or (side, side)
             weights = {**weights, name: resize_positions(weights[name], grid, encoder.grid)}
         part = {name: value for name, value in weights.items() if name.startswith("encoder.")}
-        encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in part.items()})
+        encoder.load_state_dict(rename(part, [("^encoder.", "")]))
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"{source}: does not fit this {type(model).__name__}: {one_line(error, 250)}"
         ) from None
-    fitting = {
-        name: weights[name] for name in own if name in weights and weights[name].shape == own[name].shape
-    }
-    if fitting.keys() < own.keys():
-        return "the encoder"
-    model.load_state_dict(fitting)
-    return "the whole model"
+
+    # Load the rest where all of it is there.
+    whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())
+    if whole:
+        model.load_state_dict(weights, strict=False)
+    return "the whole model" if whole else "the encoder"
 
 
 def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
@@ -893,23 +884,21 @@ def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
 
 
 def unpack_encoder(packed, source="encoder"):
-    """`pack_encoder`'s dict -> (encoder in eval mode, the dict without weights). A UserError begins with
-    `source`."""
+    """`pack_encoder`'s dict -> (encoder in eval mode, the dict
+    without weights). A UserError begins with `source`."""
     try:
         encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
         encoder.load_state_dict(packed["state_dict"])
         info = {key: packed[key] for key in ("config", "method", "feature", "mean", "std")}
-        if not len(info["mean"]) == len(info["std"]) == encoder.config["channels"] or min(info["std"]) <= 0:
-            raise ValueError(f"mean {info['mean']}, std {info['std']}")
+        if min(info["std"]) <= 0:
+            raise ValueError(f"std {info['std']}")
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
-        raise UserError(f"{source}: not a whole encoder.pt ({one_line(error)})") from None
+        raise UserError(
+            f"{source}: not an encoder.pt of this project, or not a whole encoder.pt ({one_line(error)})"
+        ) from None
     return encoder.eval(), info
 
 
 def load_encoder(path):
-    """encoder.pt -> (encoder in eval mode, info with method, feature, mean, std, config). The one reader of
-    it."""
-    packed = load_file(path)
-    if not isinstance(packed, dict) or not {"config", "state_dict"} <= packed.keys():
-        raise UserError(f"{path}: not an encoder.pt of this project (no 'config' and 'state_dict' in it)")
-    return unpack_encoder(packed, path)
+    """encoder.pt -> (encoder in eval mode, info with method, feature, mean, std, config)."""
+    return unpack_encoder(load_file(path), path)

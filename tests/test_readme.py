@@ -35,17 +35,67 @@ def test_ci_runs_the_readmes_test_command():
     )
 
 
-def commands():
-    """Every command in a shell block of the README and of docs, without what follows a #."""
-    blocks = "\n".join(re.findall(r"```sh\n(.+?)```", TEXT, re.S)).replace("\\\n", " ")
-    lines = [line.split("#")[0] for line in blocks.splitlines() if "..." not in line]
-    found = [re.search(r"(train|finetune|dense)\.py\b(.*)", line) for line in lines]
-    return sorted({(match[1], match[2].strip()) for match in found if match})
+def commands_in(block):
+    """The commands of a shell block, without what follows a #: [(program, flags), ...]."""
+    lines = [line.split("#")[0] for line in block.replace("\\\n", " ").splitlines() if "..." not in line]
+    found = [re.search(r"\b(train|finetune|dense)\.py\b(.*)", line) for line in lines]
+    return [(match[1], match[2].strip()) for match in found if match]
 
 
-@pytest.mark.parametrize("program, flags", commands())
+def printed_commands():
+    """Every command in a shell block of the README and of docs/."""
+    return {command for block in re.findall(r"```sh\n(.+?)```", TEXT, re.S) for command in commands_in(block)}
+
+
+def first_runs():
+    """The commands of the table "What you should see"."""
+    section = README.split("## What you should see")[1].split("\n## ")[0]
+    found = re.findall(r"^\| `([a-z]+(?: --[^`]+)?)` \|", section, re.M)
+    assert len(found) == 6
+    return {("train", f"--method {flags}") for flags in found}
+
+
+def cells(line):
+    """The cells of a table's row; a \\| in one is not an edge."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def formed_commands():
+    """What a shell block and the table right below it form: the block's last command and, appended, the flags
+    of a row, where the table has a column of that name. A row whose cell is prose forms none."""
+    formed = set()
+    for block, table in re.findall(r"```sh\n((?:(?!```).)+)```\n\n((?:\|[^\n]*\n)+)", TEXT, re.S):
+        head, _, *rows = table.splitlines()
+        if "flags" not in cells(head):
+            continue
+        program, base = commands_in(block)[-1]
+        for row in rows:
+            cell = cells(row)[cells(head).index("flags")]
+            flags = re.fullmatch(r"`(--[^`]+)`|defaults", cell)
+            assert flags or "`" not in cell, row
+            if flags:
+                formed.add((program, f"{base} {flags[1] or ''}".strip()))
+    return formed
+
+
+@pytest.mark.parametrize("program, flags", sorted(printed_commands() | first_runs() | formed_commands()))
 def test_every_command_is_understood(program, flags):
     PROGRAMS[program].parse_args(shlex.split(flags))
+
+
+def test_the_tables_form_the_papers_commands():
+    formed = {f"{program} {flags}" for program, flags in formed_commands()}
+    assert len(formed) >= 100
+    for words in (
+        ["train", "--method mixedae", "--blr 1.5e-4", "--global-layers 3"],
+        ["train", "--method cae", "--target dalle:", "--lr 1.5e-3", "--rescaled-init"],
+        ["train", "--method mrmae", "--teacher clip", "--stem conv", "--epochs 800"],
+        ["finetune", "--protocol finetune", "--lr 8e-3", "--accumulate 4"],
+        ["finetune", "--protocol linear", "--protocol attentive", "--lr .4"],
+        ["dense", "--task segment", "--lr 4e-5", "--layer-decay .95"],
+        ["dense", "--task detect", "--neck simple", "--image-size 1024"],
+    ):
+        assert any(all(word in command for word in words) for command in formed), words
 
 
 def test_every_flag_named_in_the_text_exists():
@@ -53,8 +103,30 @@ def test_every_flag_named_in_the_text_exists():
     parsed += [finetune.parse_args(["--protocol", protocol]) for protocol in finetune.DEFAULTS]
     parsed += [dense.parse_args(["--task", task]) for task in dense.DEFAULTS]
     known = {"--" + name.replace("_", "-") for args in parsed for name in vars(args)}
-    named = set(re.findall(r"`(--[a-z-]+)", TEXT))
-    assert named - known - {"--no-norm-pix", "--no-segment-embedding"} == set()
+    known |= {"--no-norm-pix", "--no-segment-embedding"}
+    known |= set(re.findall(r'^\+ +add\("(--[a-z-]+)"', TEXT, re.M))  # the worked examples add some
+    assert set(re.findall(r"`(--[a-z-]+)", TEXT)) - known == set()
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 240
+    assert len(README.encode()) <= 16_000
+
+
+def test_every_link_leads_somewhere():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", path.read_text()):
+            file = path.parent / target if target else path
+            assert file.is_file(), (path.name, target)
+            if file.suffix != ".md":
+                continue
+            titles = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not anchor or anchor in anchors, (path.name, anchor)
+
+
+def test_no_document_names_a_place_on_one_machine():
+    assert re.findall(r"(?<![\w.:/])/(?:home|tmp|work|root|mnt|data|usr)/", TEXT) == []
 
 
 def test_the_top_level_holds_only_what_was_agreed():
@@ -63,7 +135,7 @@ def test_the_top_level_holds_only_what_was_agreed():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     modules = {f"{kind.__module__}.py" for kind in train.METHODS.values()}
     programs = {"vit.py", "data.py", "train.py", "finetune.py", "dense.py"}
-    others = {"README.md", "requirements.txt", "tests", "docs", "assets", "LICENSE", ".ci", ".gitignore"}
+    others = {"README.md", "requirements.txt", "tests", "docs", "LICENSE", ".ci", ".gitignore"}
     assert {file.split("/")[0] for file in files} <= modules | programs | others
 
 
