@@ -103,6 +103,7 @@ METHODS = {"mae": MAE, "mrmae": MRMAE, "mixedae": MixedAE, "cae": CAE, "dvae": D
 LAPTOP_LR = 2e-3  # ours, for the micro model and B' = 32; the papers' rates are --blr, scaled with the batch
 BAD_STEPS = 10  # ours: as many steps in a row that are not finite stop the run
 SAVE_SECONDS = 600  # ours: a run is saved at least this often
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that --benchmark compares with
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1201,7 +1202,7 @@ def benchmark(args, argv, device):
 
     # Time them in turns with eight matrix products in a row, so that one quiet moment does not stand for the
     # machine.
-    size = 8192 if device.type == "cuda" else 2048
+    size = PRODUCT_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
 
     def seconds_of(function):

@@ -369,7 +369,8 @@ def test_init_takes_weights_alone(reference, folder, tmp_path, capsys):
     assert "does not fit this MAE" in error and error.count("\n") == 1
 
 
-def test_benchmark_prints_a_line_a_method(capsys):
+def test_benchmark_prints_a_line_a_method(capsys, monkeypatch):
+    monkeypatch.setitem(train.PRODUCT_SIZE, "cpu", 64)
     run("--method", "mixedae", "--benchmark", "mae", "mae --mask-ratio .5")
     lines = capsys.readouterr().out.splitlines()
     assert "TFLOP/s" in lines[0] and [line.split(":")[0] for line in lines[1:]] == [
