@@ -80,7 +80,7 @@ def to_the_end(*words, code=0):
 def test_killed_at_random_moments_equals_never_killed(processes, workers, folder, tmp_path):
     batch = {1: 8, 2: 4, 3: 4}[processes]
     per_epoch = 40 // (batch * processes)
-    epochs = 100 * (KILLS + 1) // per_epoch
+    epochs = 50 * (KILLS + 1) // per_epoch
 
     def words(name, workers):
         return command(
@@ -110,7 +110,7 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
     to_the_end(*words("whole", 0))
     steps, killed_in_a_save, reached = checkpoint(tmp_path / "whole")["step"], 0, []
     for kill in range(KILLS):
-        process, target = start(*words("killed", workers)), random.randrange(100 * kill + 1, 100 * (kill + 1))
+        process, target = start(*words("killed", workers)), random.randrange(50 * kill + 1, 50 * (kill + 1))
         while logged() < target and process.poll() is None:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
@@ -266,7 +266,7 @@ def test_output_may_vanish(folder, tmp_path):
 
 def test_a_hang_up_saves(folder, tmp_path):
     process = start(*TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2")
-    wait_for(tmp_path / "log.jsonl", process)
+    wait_for(tmp_path / "checkpoint.pt", process)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(tmp_path)["step"] > 0
 
