@@ -890,8 +890,8 @@ def unpack_encoder(packed, source="encoder"):
         encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
         encoder.load_state_dict(packed["state_dict"])
         info = {key: packed[key] for key in ("config", "method", "feature", "mean", "std")}
-        if min(info["std"]) <= 0:
-            raise ValueError(f"std {info['std']}")
+        if not len(info["mean"]) == len(info["std"]) == encoder.config["channels"] or min(info["std"]) <= 0:
+            raise ValueError(f"mean {info['mean']}, std {info['std']}")
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
         raise UserError(
             f"{source}: not an encoder.pt of this project, or not a whole encoder.pt ({one_line(error)})"
