@@ -1134,12 +1134,15 @@ def open_transfer_set(name, args):
     kind = getattr(torchvision.datasets, row.kind)
     try:
         for splits, path, size in zip((row.train, row.test), row.lists, row.sizes):
+            # Open the split, which may consist of several of torchvision's or be chosen by a list of files.
             parts = [kind(root, *split.split(), download=args.download) for split in splits]
             labelled = [(part, row.labels(part)) for part in parts]
             dataset = LabeledDataset(labelled, row.classes(parts[0]))
             found = len(dataset)
             if path:
                 dataset, found = choose_listed(dataset, row.names(parts[0]), root / path)
+
+            # Check that it is whole.
             if found != size:
                 raise ValueError(f"there are {found} images, not {size}; is it complete?")
             dataset[0]  # some sets find out only here that scipy or a file is missing

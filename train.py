@@ -548,8 +548,11 @@ def facts_of(dataset):
 
 def build_run(args, dataset, device, **fields):
     """A run of --method. dataset: as `facts_of` gives it."""
-    torch.manual_seed(args.seed)  # every process starts from the same weights
+    # Build the model; every process starts from the same weights.
+    torch.manual_seed(args.seed)
     model = METHODS[args.method](args).to(device)
+
+    # Say what it is called with, and what is saved of it.
     example = [torch.zeros(args.batch_size, 3, *args.image_size, device=device)]
 
     def prepare(images, labels):
@@ -585,18 +588,9 @@ def export_encoder(model, args):
 def load_checkpoint(path, args):
     """checkpoint.pt as `save` wrote it, of the same method as `args`."""
     saved = load_file(path)
-    keys = {
-        "model",
-        "optimizer",
-        "scaler",
-        "args",
-        "global_batch",
-        "dataset",
-        "steps",
-        "step",
-        "sums",
-        "row_due",
-    }
+
+    # Check that it is whole, and of this method.
+    keys = set("model optimizer scaler args global_batch dataset steps step sums row_due".split())
     if not isinstance(saved, dict) or not keys <= saved.keys():
         raise UserError(
             f"{path}: not a checkpoint of this version of train.py; move it away or choose another --out"
@@ -612,8 +606,7 @@ def load_checkpoint(path, args):
 # Flags that may differ when a run resumes (the batch and its accumulation if B' stays).
 FREE_FLAGS = set(
     "out data_root download workers device compile recompute log_every save_every max_steps benchmark draw "
-    "evaluate "
-    "predict batch_size accumulate".split()
+    "evaluate predict batch_size accumulate".split()
 )
 
 
@@ -776,17 +769,21 @@ def test_pretraining(run, epoch_ends, images, masks, held_out):
     images: uint8, the same each time; masks: of the objects
     in them, or None; held_out: whether they are of a val set.
     """
+    # Measure the loss on held-out data, on all processes; the rest is rank 0's.
     args, model, numbers = run.args, run.model, {}
     if epoch_ends and held_out:
         numbers["val_loss"] = evaluate(run, images)
     if not run.folder:
         return numbers
 
-    model.eval()  # no drop path
+    # Ask the method for its numbers, without drop path.
+    model.eval()
     if hasattr(model, "numbers"):
         seed_torch(args.seed, "numbers")  # the same masks each time
         with inference(args, run.device):
             numbers |= model.numbers(normalize(images[:64].to(run.device), args.mean, args.std))
+
+    # Draw its pictures, and measure how much attention falls on the objects.
     if epoch_ends:
         panels = render_panels(model, args, images[:64], run.device)
         if panels:
