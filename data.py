@@ -649,8 +649,10 @@ SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "th
 
 def heat_map(maps, images):
     """maps (B, h, w), not negative -> heat from black over red and yellow to white, (B, 3, height, width), as
-    large as the images."""
-    heat = (maps / maps.amax(dim=(1, 2), keepdim=True)).unsqueeze(1)  # (B, 1, h, w) in [0, 1]
+    large as the images. The scale is the same for all maps: a patch with the mean of its map is dark red, one
+    with four times the mean or more is white. So attention that looks everywhere alike shows as such."""
+    mean = maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    heat = (maps / (4 * mean)).clamp(max=1).unsqueeze(1)  # (B, 1, h, w) in [0, 1]
     heat = F.interpolate(heat, images.shape[-2:])
     return (3 * heat - channels([0, 1, 2], heat)).clamp(0, 1)
 

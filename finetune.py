@@ -11,6 +11,8 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     # two finished runs as an ensemble, and the classes of given images
     python finetune.py --evaluate runs/a runs/b --data ...
     python finetune.py --evaluate runs/a --predict path/to/images
+    # how much of the attention falls on the objects of a set with boxes (MixedAE Sec. 3.4)
+    python finetune.py --objects boxes.csv --data path/to/set --encoder runs/mae/encoder.pt runs/mixedae/encoder.pt
 
 A protocol decides what is trained on top of the encoder:
 
@@ -44,8 +46,10 @@ import copy
 import csv
 import io
 import json
+import math
+import os
 import sys
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -71,6 +75,7 @@ from data import (
     RunFolder,
     TrainDataset,
     add_data_args,
+    center_crop,
     collate,
     fixed_images,
     heat_map,
@@ -395,16 +400,17 @@ def read_batches(dataset, chunks, args, device, consequence="it counts as a blac
 
 
 def predict_dataset(function, dataset, args, device):
-    """function(images of a batch) -> (b, ...), over a whole set that is shared out over the processes -> (N,
-    ...) float32, in order, on every process. Every sample counts once, whatever the number of processes."""
+    """function(images, labels of a batch) -> (b, ...), over a whole set that is shared out over the processes
+    -> (N, ...) float32, in order, on every process. Every sample counts once, whatever the number of
+    processes."""
     # Take every world-th chunk. A process without one looks at another's, to know the shape of a result.
     chunks, rank = torch.arange(len(dataset)).split(args.batch_size), dist.get_rank()
     mine = chunks[rank % len(chunks) :: dist.get_world_size()]
     out = None
     batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device)
-    for chunk, (images, _) in zip(mine, batches):
+    for chunk, (images, labels) in zip(mine, batches):
         with inference(args, device):
-            values = function(images).float()
+            values = function(images, labels).float()
         if out is None:
             out = torch.zeros(len(dataset), *values.shape[1:], device=device)
         if rank < len(chunks):
@@ -417,14 +423,18 @@ def predict_dataset(function, dataset, args, device):
 
 def predict_logits(model, samples, args, device):
     """A classifier's scores (N, classes) of images or of cached features."""
-    return predict_dataset(lambda images: model.logits(model.prepare(images)[0]), samples, args, device)
+    return predict_dataset(lambda images, _: model.logits(model.prepare(images)[0]), samples, args, device)
 
 
 def cache_features(model, dataset, args, device):
     """Look at every image of a set once -> its features (N, D), for the attentive protocol (N, L, D), in
     place of images."""
     samples = EvalDataset(dataset, args.image_size)
-    features = predict_dataset(lambda images: model.features(model.prepare(images)[0]), samples, args, device)
+
+    def look(images, _):
+        return model.features(model.prepare(images)[0])
+
+    features = predict_dataset(look, samples, args, device)
     return CachedFeatures(features.cpu(), torch.tensor(dataset.labels))
 
 
@@ -768,6 +778,160 @@ def evaluate(args, device):
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------
+# --objects: does an encoder look at the objects? MixedAE Sec. 3.4 and Fig. 5, in numbers and as a picture
+# ------------------------------------------------------------------------------------------------------------
+SMALL = 0.4  # ours: an object that covers less of its image than this; a larger one is hard to miss
+
+
+class BoxedImages(TrainDataset):
+    """(epoch, i) -> (image, mask bool (height, width) of its box, broken names). A broken image has an empty
+    box, which leaves it out of every mean."""
+
+    def __init__(self, dataset, boxes, image_size):
+        super().__init__(dataset, center_crop(image_size))
+        self.boxes = boxes  # of each sample, a list of [x0, y0, x1, y1] in pixels, ends included
+        self.image_size = image_size
+
+    def __getitem__(self, index):
+        _, i = index
+        try:
+            image, _ = self.dataset[i]
+        except Exception:  # bad files make PIL and torchvision raise all kinds
+            empty = torch.zeros(4, *self.image_size, dtype=torch.uint8)
+            return empty[:3], empty[3] > 0, [self.dataset.name(i)]
+
+        # Draw the box as a fourth channel, so that it is resized and cropped as the image is.
+        mask = torch.zeros_like(image[:1])
+        for x0, y0, x1, y1 in self.boxes[i]:
+            mask[:, y0 : y1 + 1, x0 : x1 + 1] = 255
+        both = self.transform(torch.cat([image, mask]))  # (4, height, width)
+        return both[:3], both[3] > 127, []
+
+
+def read_boxes(path, dataset, folder):
+    """A table with the columns file (relative to the set's folder), x0, y0, x1, y1 (pixels, ends included);
+    several rows of a file count as one object -> for each sample of the set a list of boxes."""
+    boxes = defaultdict(list)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                x0, y0, x1, y1 = box = [int(row[corner]) for corner in ("x0", "y0", "x1", "y1")]
+                if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+                    raise ValueError(f"the box of {row['file']} is {box}")
+                boxes[os.path.normpath(row["file"])].append(box)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"--objects {path}: is no table of file,x0,y0,x1,y1 in whole pixels ({one_line(error)})"
+        ) from None
+
+    # Find those of each sample.
+    names = [os.path.relpath(dataset.name(i), folder) for i in range(len(dataset))]
+    without = [name for name in names if name not in boxes]
+    if without:
+        raise UserError(
+            f"--objects {path}: {len(without)} of {len(names)} images have no box, such as {without[0]}; its "
+            f"files must be relative to --data {folder}"
+        )
+    return [boxes[name] for name in names]
+
+
+def patch_attention(encoder, images):
+    """The attention of the last block on normalised images (B, 3, height, width), mean over heads, with the
+    patches alone as keys -> (B, N, L), each row with the sum 1. Query 0 is CLS, if the encoder has one."""
+    attention = encoder.features(images, attention=True)["attention"]  # (B, H, N, N)
+    attention = attention.float().mean(dim=1)[:, :, encoder.num_prefix_tokens :]  # (B, N, L)
+    return attention / attention.sum(dim=2, keepdim=True)
+
+
+def patch_areas(masks, grid):
+    """masks (B, height, width) -> how much of each patch they cover, (B, L)."""
+    return F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)
+
+
+def object_shares(attention, areas):
+    """attention (B, N, L) of `patch_attention`, areas (B, L) of `patch_areas` -> (B, 3): the share of the
+    image that the object covers, the share of the attention of CLS that falls on it, and the same for the
+    patches that lie wholly in it, on average. NaN where there is no CLS or no such patch. An encoder that
+    looks everywhere alike has three equal shares."""
+    share = (attention * areas.unsqueeze(1)).sum(dim=2)  # of each query's attention, (B, N)
+    prefix = attention.shape[1] - attention.shape[2]
+    of_cls = share[:, 0] if prefix else torch.full_like(share[:, 0], math.nan)
+    inside = (areas == 1).float()  # (B, L)
+    of_patches = (share[:, prefix:] * inside).sum(dim=1) / inside.sum(dim=1)
+    return torch.stack([areas.mean(dim=1), of_cls, of_patches], dim=1)
+
+
+def average_shares(shares):
+    """shares (images, 3) of `object_shares` -> their means over all images, and over those with a small
+    object, as results.json has them."""
+    area, numbers = shares[:, 0], {}
+    for name, chosen in (("all", area > 0), ("small", (area > 0) & (area < SMALL))):
+        means = zip(("area", "cls", "patches"), shares[chosen].nanmean(dim=0).tolist())
+        known = {key: mean for key, mean in means if not math.isnan(mean)}
+        numbers[name] = {"images": int(chosen.sum()), **known}
+    return numbers
+
+
+def measure_objects(args, device):
+    """--objects: the same held-out images for every encoder, at the encoder's own image size; nothing is
+    trained -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png
+    shows, on eight images with a small object, where CLS looks (Fig. 5) and where the patches in the box look
+    on average."""
+    # Open the encoders, the images and their boxes.
+    opened = {}
+    for path in args.encoder:
+        torch.manual_seed(args.seed)
+        opened[path] = open_encoder(replace_args(args, encoder=path))
+    folder = args.data[0]
+    train_set, val_set = open_sets(replace_args(args, data=folder))
+    dataset = train_set if val_set is None else val_set
+    table = args.objects if Path(args.objects).exists() else Path(folder, args.objects)
+    boxes = read_boxes(table, dataset, folder)
+
+    results, panels = {}, {}
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    for number, (path, (encoder, info, _)) in enumerate(opened.items(), start=1):
+        # Measure.
+        encoder.to(device).eval()
+
+        def attend(images):
+            return patch_attention(encoder, normalize(images, info["mean"], info["std"]))
+
+        def measure(images, masks):
+            return object_shares(attend(images), patch_areas(masks, encoder.grid))
+
+        samples = BoxedImages(dataset, boxes, encoder.config["image_size"])
+        shares = predict_dataset(measure, samples, args, device).cpu()  # (images, 3)
+        results[path] = average_shares(shares)
+        for name, numbers in results[path].items():
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            print_rank0(f"{path}: {name} objects: {shown}")
+
+        # Draw, beside the image with all but the box darkened.
+        small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
+        ids = torch.cat([order[small], order[~small]])[:8]
+        images, masks, _ = collate([samples[0, i] for i in ids.tolist()])
+        panels.setdefault("image, box", images / 255 * (0.3 + 0.7 * masks.unsqueeze(1)))
+        with torch.no_grad():
+            attention = attend(images.to(device)).cpu()  # (b, N, L)
+        prefix, inside = encoder.num_prefix_tokens, (patch_areas(masks, encoder.grid) == 1).float()  # (b, L)
+        maps = {"CLS": attention[:, 0]} if prefix else {}
+        maps["patches in box"] = torch.einsum("bq,bqk->bk", inside, attention[:, prefix:])
+        short = Path(path).parent.name if Path(path).name == "encoder.pt" else Path(path).stem
+        for title, values in maps.items():
+            heat = heat_map(values.unflatten(1, encoder.grid), panels["image, box"])
+            panels[f"{number} {short[:18]}\n{title}"] = heat
+
+    # Write.
+    if dist.get_rank() == 0:
+        folder = RunFolder(args.out or "runs/objects")
+        folder.write_text("results.json", json.dumps(results, indent=1))
+        folder.write_picture("objects.png", picture_sheet(panels))
+        print_rank0(f"{folder.path}: results.json, pictures/objects.png")
+    return 0
+
+
 # ============================================================================================================
 # A first reading may stop here. What follows: flags, encoders of every layout, the sets of MixedAE Table 2.
 # ============================================================================================================
@@ -781,12 +945,13 @@ DEFAULTS = {
 }
 
 
-def add_encoder_args(parser):
-    """The flags that say what is evaluated; dense.py has them too."""
+def add_encoder_args(parser, nargs=None):
+    """The flags that say what is evaluated; dense.py has them too. nargs: of --encoder."""
     add = parser.add_argument_group("what to evaluate").add_argument
     add(
         "--encoder",
         default="runs/mixedae/encoder.pt",
+        nargs=nargs,
         help="an encoder.pt, a published file, or none: random weights",
     )
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
@@ -816,7 +981,13 @@ def parse_args(argv=None):
     protocol, parser = first_phase("finetune.py", "protocol", DEFAULTS, "linear", what, argv)
 
     # Collect its flags.
-    add_encoder_args(parser)
+    add_encoder_args(parser, nargs="+")
+    parser.add_argument(
+        "--objects",
+        metavar="BOXES.CSV",
+        help="train nothing: measure how much attention of one or more encoders falls on the objects of the "
+        "val images of --data, a folder (MixedAE Sec. 3.4); columns file,x0,y0,x1,y1, files relative to it",
+    )
     add_run_args(parser)
     add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
     add_size_args(parser, decoder=False)
@@ -856,7 +1027,14 @@ def parse_args(argv=None):
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
     args.data = args.data or ([] if args.evaluate else ["shapes"])
+    args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
+    if args.objects and (len(args.data) > 1 or not Path(args.data[0]).is_dir()):
+        parser.error(f"--objects: takes one folder, not --data {' '.join(args.data)}")
+    if not args.objects and len(args.encoder) > 1:
+        parser.error(f"--encoder {' '.join(args.encoder)}: one encoder a run, unless --objects compares them")
+    if not args.objects:
+        args.encoder = args.encoder[0]
     if args.evaluate and len(args.data) > 1:
         parser.error(f"--evaluate: one set at a time, not --data {' '.join(args.data)}")
     if len({Path(name).name for name in args.data}) < len(args.data):
@@ -1207,9 +1385,11 @@ def fewer_labels(train_set, args):
 
 
 def main(argv=None):
-    """Parse, join the processes, then evaluate finished runs or make new ones."""
+    """Parse, join the processes, then measure attention, evaluate finished runs, or make new ones."""
 
     def program(args, argv, device):
+        if args.objects:
+            return measure_objects(args, device)
         return evaluate(args, device) if args.evaluate else transfer(args, argv, device)
 
     run_program("finetune.py", argv, parse_args, program)

@@ -276,11 +276,14 @@ def test_augment(flags, crops, jitters):
     )  # flipped
 
 
-def test_heat_is_white_at_the_maximum_and_black_where_nothing_is():
-    maps = torch.tensor([[[0.0, 1.0], [0.5, 0.25]]])
-    heat = data.heat_map(maps, torch.zeros(1, 3, 8, 8))
-    assert heat.shape == (1, 3, 8, 8) and (heat[0, :, :4, :4] == 0).all()
-    assert (heat[0, :, :4, 4:] == 1).all() and (heat[0, 0] >= heat[0, 2]).all()
+def test_heat_is_relative_to_the_mean_so_that_even_attention_shows_as_such():
+    maps = torch.zeros(3, 4, 4)
+    maps[0, 0, 0] = 1  # all on one patch
+    maps[1] = 0.3  # even
+    heat = data.heat_map(maps, torch.zeros(3, 3, 8, 8))
+    assert heat.shape == (3, 3, 8, 8) and (heat[0, :, 2:] == 0).all() and (heat[0, :, :2, :2] == 1).all()
+    torch.testing.assert_close(heat[1, :, 5, 5], torch.tensor([0.75, 0.0, 0.0]))  # dark red, everywhere
+    assert (heat[1] == heat[1, :, :1, :1]).all() and (heat[2] == 0).all()
 
 
 def test_curves_compare_runs(tmp_path):

@@ -1343,3 +1343,96 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
     ):
         run("--encoder", encoder, "--data", folder, "--out", tmp_path / "run", *flags, code=2)
         one_line(capsys, words)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --objects
+# ------------------------------------------------------------------------------------------------------------
+def test_shares_of_attention_on_an_object():
+    """Four patches in a row, the object on the first two and half of the third; CLS, then patches as queries."""
+    masks = torch.zeros(1, 2, 8, dtype=torch.bool)
+    masks[:, :, :5] = True
+    areas = finetune.patch_areas(masks, (1, 4))
+    assert_close(areas, torch.tensor([[1.0, 1.0, 0.5, 0.0]]))
+    attention = torch.tensor([[[0.0, 0, 0.5, 0.5], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]]])
+    assert_close(finetune.object_shares(attention, areas), torch.tensor([[0.625, 0.25, 0.5]]))
+
+    # Even attention has the object's own share; without CLS that number is missing, and without a patch that
+    # lies wholly in the object the last one is.
+    even = torch.full((1, 5, 4), 0.25)
+    assert_close(finetune.object_shares(even, areas), torch.full((1, 3), 0.625))
+    assert finetune.object_shares(even[:, 1:], areas)[0, 1].isnan()
+    assert finetune.object_shares(even, 0.9 * areas)[0, 2].isnan()
+
+    # Small objects count once more; an image without object not at all; unknown numbers are left out.
+    shares = torch.tensor([[0.5, 0.6, 0.7], [0.1, 0.2, torch.nan], [0.0, 0.3, torch.nan]])
+    numbers = finetune.average_shares(shares)
+    assert numbers["all"] == pytest.approx({"images": 2, "area": 0.3, "cls": 0.4, "patches": 0.7})
+    assert numbers["small"] == pytest.approx({"images": 1, "area": 0.1, "cls": 0.2})
+
+
+def test_boxes_are_cropped_as_their_image_is(tmp_path):
+    """An image of 8 x 16 whose box is white: after resizing and cropping the mask is still on the white."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[2:6, 4:10] = 255
+    (tmp_path / "val").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "val" / "a.png")
+    (tmp_path / "val" / "b.png").write_bytes(b"no image")
+    (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nval/a.png,4,2,9,5\nval/b.png,0,0,3,3\nother,0,0,1,1\n")
+    files = data.open_folder(tmp_path)
+    boxes = finetune.read_boxes(tmp_path / "boxes.csv", files, tmp_path)
+    assert boxes == [[[4, 2, 9, 5]], [[0, 0, 3, 3]]]
+    image, mask, broken = finetune.BoxedImages(files, boxes, [16, 16])[0, 0]
+    assert image.shape == (3, 16, 16) and mask.shape == (16, 16) and not broken
+    assert mask[4:12, :12].all() and mask.sum() == 8 * 12  # twice as large, of 32 columns the middle 16
+    assert image[0, mask].min() > 127 > image[0, ~mask].max()
+    image, mask, broken = finetune.BoxedImages(files, boxes, [16, 16])[0, 1]
+    assert not mask.any() and len(broken) == 1
+
+
+def boxes_of(folder):
+    """A table of boxes for all images of a folder -> its path."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    table = folder / "boxes.csv"
+    table.write_text("file,x0,y0,x1,y1\n" + "".join(f"{name},2,2,9,9\n" for name in files))
+    return table
+
+
+def test_objects_compare_encoders(folder, encoder, tmp_path, capsys):
+    boxes_of(folder)
+    flags = ["--objects", "boxes.csv", "--data", folder, "--out", tmp_path / "out"]
+    run(*flags, "--encoder", encoder, "none", "--image-size", 16, "--patch-size", 4)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == [str(encoder), "none"] and results["none"]["all"]["images"] == 8  # of val/
+    for numbers in (results[str(encoder)]["all"], results["none"]["small"]):
+        assert 0 < numbers["area"] < 0.4 and 0 < numbers["cls"] < 1 and 0 < numbers["patches"] < 1
+    assert "all objects: images 8" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "pictures" / "objects.png") as picture:
+        assert picture.size[0] == 5 * (128 + 4) + 4  # the image, and two maps an encoder
+
+
+def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, capsys):
+    good = boxes_of(folder).read_text()
+    tables = {
+        "no_table": "hello\nworld\n",
+        "corners": good.replace(",2,2,9,9", ",9,9,2,2"),
+        "normalised": good.replace(",2,2,9,9", ",.1,.1,.5,.5"),
+        "other_files": good.replace("val/", "validation/"),
+    }
+    for name, text in tables.items():
+        (tmp_path / name).write_text(text)
+    cases = (
+        ((tmp_path / "missing", "--data", folder), "No such file"),
+        ((tmp_path / "no_table", "--data", folder), "no table of file,x0,y0,x1,y1"),
+        ((tmp_path / "corners", "--data", folder), "[9, 9, 2, 2]"),
+        ((tmp_path / "normalised", "--data", folder), "whole pixels"),
+        ((tmp_path / "other_files", "--data", folder), "8 of 8 images have no box"),
+        ((folder / "boxes.csv", "--data", "shapes"), "takes one folder"),
+        ((folder / "boxes.csv", "--data", folder, folder), "takes one folder"),
+    )
+    for (table, *flags), words in cases:
+        run("--objects", table, *flags, "--encoder", encoder, "--out", tmp_path / "out", code=2)
+        one_line(capsys, words)
+    run("--encoder", encoder, "none", code=2)
+    one_line(capsys, "one encoder a run")
+    assert not (tmp_path / "out").exists()
