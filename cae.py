@@ -8,38 +8,49 @@ first predicts the *representations* of the hidden patches, in the space that th
 to, and then decodes these into pixels or tokens. Fig. 1, with shapes:
 
     images (B, C, height, width)
-        -- patch embedding + positions --> (B, L, D); a block-wise mask shows V patches and hides U
+        -- patch embedding + positions --> x (B, L, D); a block-wise mask shows V patches and hides U
         the V visible patches:
-            -- encoder F, self-attention -------------------------> Z_v    (B, 1 + V, D)
+            -- encoder F, self-attention -------------------------> Z_v    (B, 1 + V, D), CLS first
+            -- drop CLS; `project` if Dd is not D ----------------> Z_v    (B, V, Dd), as H reads it
             -- regressor H, U mask queries attend to [Z_v, Z_m] --> Z_m    (B, U, Dd)
-            -- decoder G, self-attention among the U -------------> Y_m    pixels (B, U, P), or
-                                                                           logits (B, U, vocabulary)
+            -- decoder G, self-attention among the U -------------> Y_m    logits (B, U, vocabulary), or
+                                                                           pixels (B, U, P)
         the U hidden patches:
-            -- encoder F again, without gradient -----------------> Z_m with a bar (B, U, Dd)
-    Eq. 1: loss = l_y(Y_m, the true pixels or tokens) + lambda l_z(Z_m, sg[Z_m with a bar])
+            -- encoder F again, without gradient -----------------> (B, 1 + U, D)
+            -- drop CLS; the same `project` ----------------------> Z_m with a bar (B, U, Dd)
+    Eq. 1: loss = l_y(Y_m, the true tokens or pixels) + lambda l_z(Z_m, sg[Z_m with a bar])
+
+The paper's targets are tokens. Pixels (its Table 9) are our default, because they need no tokenizer.
 
     the paper           here
     F, H, G             encoder, regressor, decoder (in the code below, `F` is torch.nn.functional)
-    X_v, X_m            the visible and the hidden patches: rows `seen_ids` and `hidden_ids` of the images
-    P_v, P_m            pos_visible, pos_hidden: rows of `pos_embed`, the position table of H and G
+    X_v, X_m            not cut out of the images: all patches are embedded into `x` (no patch sees another
+                        in this), and the rows `seen_ids` and `hidden_ids` of `x` go into F
+    P_v, P_m            positions, in two tables of the same formula: F adds `encoder.pos_embed` (width D) in
+                        `encoder.embed`; H and G add `pos_embed` (width Dd), its rows pos_visible, pos_hidden
     Z_v                 out["visible"] of `CAE.predict`, with a CLS token in front
     Q_m                 regressor.mask_token, the same query for every hidden patch
     Z_m                 out["predicted"]
-    Z_m with a bar      out["target"]
+    Z_m with a bar      out["target"]: the target of the alignment, not of the pretext task
     Y_m                 out["pixels"] or out["logits"]
-    Y_m with a bar      `CAE.targets`
+    Y_m with a bar      `targets`, by `CAE.targets`: the paper's "targets"; --target chooses their kind
     l_y, l_z, lambda    decoding_loss, alignment_loss, align_weight (--align-weight)
 
-Other letters are those of vit.py; Dd (--decoder-width) is the width of H and G.
+Letters: B images, C channels, L patches (V visible, U hidden), D width of F, Dd (--decoder-width) width of H
+and G, P = C p p values of a patch of p x p pixels. P alone is that number; P_v and P_m are positions, and
+P(. | .) is a probability. H, G and K are not those of vit.py: here they are the regressor, the decoder and,
+in the discrete VAE, the size of the vocabulary.
 
-Appendix B reads the three networks as three conditional probabilities:
+Appendix B assumes that, given the rest, Z_v does not depend on P_m, nor Y_m on P_v. Then the three networks
+are three factors:
 
     P(Y_m | X_v, P_v, P_m) = P(Z_v | X_v, P_v)  P(Z_m | Z_v, P_v, P_m)  P(Y_m | Z_m, P_m)
                              F                  H                       G
 
 Only F transfers, and it is meant to do all the representing: H never changes Z_v, and l_z keeps the
 predictions of H in the space of F. If that works, G can rebuild an image straight from F, without H (Sec. 4,
-Fig. 3 and 10). The picture "H skipped" and the number `skipped` of the log show whether it does.
+Fig. 3 and 10). The picture "H skipped" and the number `skipped` of the log show whether it does: `skipped`
+should then be about as low as `through_H`, or lower.
 
 Run it:
     python train.py --method cae         # pixels as targets, on the drawn set `shapes`
@@ -58,7 +69,6 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import stochastic_depth
 
 from data import denormalize
 from vit import (
@@ -66,6 +76,7 @@ from vit import (
     CrossAttention,
     LayerScale,
     Mlp,
+    Residual,
     UserError,
     bounded,
     build_encoder,
@@ -73,6 +84,7 @@ from vit import (
     gather_tokens,
     init_weights,
     load_file,
+    load_strictly,
     natural_float,
     natural_int,
     norm_pix,
@@ -103,8 +115,10 @@ def block_mask(batch, grid, count, tries=400):
     1 / .3. It is taken if it is smaller than the grid on both sides and hides at least one and at most R
     patches more. A mask that is not full after `tries` boxes is filled at random (ours: theirs goes on).
 
-    All masks of a batch are drawn together on the CPU, which takes .1 to .2 ms an image. With a card this
-    time comes on top of the step: it is not hidden behind the card's work.
+    All masks of a batch are drawn together, on the CPU: after each box the loop asks which masks are full,
+    and on a GPU each such question would wait for it. For 14 x 14 patches this takes .1 to .3 ms an image. It
+    adds to the time of a step, because the training loop waits for the GPU at the end of each step, before
+    the next masks are drawn.
     """
     h, w = grid  # in patches
     smallest = max(1, round(16 / 196 * h * w))
@@ -117,7 +131,7 @@ def block_mask(batch, grid, count, tries=400):
         # Go on with the masks that still lack patches.
         missing = count - masks[todo].sum(dim=(1, 2))  # R, (b,)
         todo = todo[missing > 0]
-        missing = missing[missing > 0].view(-1, 1, 1)  # (b, 1, 1), as all numbers of the boxes
+        missing = missing[missing > 0].view(-1, 1, 1)  # (b, 1, 1), the shape of every number of the boxes
         if len(todo) == 0:
             break
 
@@ -147,12 +161,13 @@ def block_mask(batch, grid, count, tries=400):
 # ------------------------------------------------------------------------------------------------------------
 # Sec. 3.1: latent contextual regressor H and decoder G. The encoder F is the ViT of vit.py.
 # ------------------------------------------------------------------------------------------------------------
-class CrossBlock(nn.Module):
-    """A block of the regressor (Sec. 3.1): queries Z_m, keys
-    and values [Z_v, Z_m]. Z_v is read and never changed.
+class CrossBlock(Residual):
+    """A block of the regressor (Sec. 3.1). The queries are the Z_m that the block before has given, in the
+    first block the mask queries Q_m; keys and values are [Z_v, Z_m]. Z_v is read and never changed.
 
-    Positions are added to queries and keys but not to values, and the branch of the MLP starts from the
-    normalised sum (CAE's code). `drop_path` and `recompute` as in vit.Block.
+    Positions take part in the attention weights alone: they are added to queries and keys, not to values.
+    One thing is CAE's code's and not the paper's: norm2 stands on the main path, not only before the MLP. The
+    skip connection around the MLP starts from the normalised tensor, as in a post-norm transformer.
     """
 
     def __init__(self, dim, heads, layer_scale):
@@ -165,8 +180,6 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.ls1 = LayerScale(dim, layer_scale)
         self.ls2 = LayerScale(dim, layer_scale)
-        self.drop_path = 0.0
-        self.recompute = False
 
     def forward(self, x, pos_hidden, visible, pos_visible):
         """Z_m so far and P_m (B, U, Dd), Z_v and P_v (B, V, Dd) -> the next Z_m (B, U, Dd)."""
@@ -175,11 +188,9 @@ class CrossBlock(nn.Module):
         q = self.norm_q(x + pos_hidden)
         k = self.norm_k(both + pos)
         v = self.norm_v(both)
+        # norm2 is outside the sum: x itself is replaced by its normalised version.
         x = self.norm2(x + self.drop(self.ls1(self.attn(q, k, v))))
         return x + self.drop(self.ls2(self.mlp(x)))
-
-    def drop(self, branch):
-        return stochastic_depth(branch, self.drop_path, "row", self.training)
 
 
 class Regressor(nn.Module):
@@ -189,9 +200,10 @@ class Regressor(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(CrossBlock(width, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # F ends in one too, so both sides of l_z are normed
 
     def forward(self, visible, pos_visible, pos_hidden):
+        # On the CPU autocast leaves a projected Z_v in bf16 or fp16, and the queries follow.
         x = self.mask_token.to(visible.dtype).expand_as(pos_hidden)  # Q_m, (B, U, Dd)
         for block in self.blocks:
             x = call_block(block, x, pos_hidden, visible, pos_visible)
@@ -200,7 +212,7 @@ class Regressor(nn.Module):
 
 class Decoder(nn.Module):
     """G (Sec. 3.1): Z_m and P_m, both (B, U, Dd) -> Y_m (B, U, outputs). Without blocks it is a linear layer
-    on Z_m ("no decoder", Table 2)."""
+    on Z_m ("no decoder", Table 2). vit.Decoder is another one, MAE's."""
 
     def __init__(self, width, depth, heads, layer_scale, outputs):
         super().__init__()
@@ -219,7 +231,7 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Eq. 1
+# Sec. 3.2, Eq. 1: alignment loss l_z and decoding (reconstruction) loss l_y. `CAE.forward` adds them up.
 # ------------------------------------------------------------------------------------------------------------
 def alignment_loss(predicted, target):
     """l_z of Eq. 1: mean-squared error of Z_m and sg[Z_m with a bar], both (B, U, Dd) -> ()."""
@@ -234,8 +246,12 @@ def decoding_loss(decoded, targets):
     return F.cross_entropy(decoded.float().flatten(0, 1), targets.flatten())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Fig. 1: the whole model
+# ------------------------------------------------------------------------------------------------------------
 class CAE(nn.Module):
-    """Fig. 1. `encoder` is what transfers: a plain ViT with layer scale. CAE's authors probe its CLS."""
+    """Fig. 1. `encoder` is what transfers: a plain ViT with layer scale. encoder.pt tells a linear probe to
+    read its CLS token, as the authors do, although no loss reaches the output of CLS."""
 
     def __init__(self, args):
         super().__init__()
@@ -247,11 +263,17 @@ class CAE(nn.Module):
         self.mean = args.mean
         self.std = args.std
 
-        # Open the tokenizer. Set the ordinary way it would be a submodule: trained, saved, synchronised.
+        # Open the tokenizer. object.__setattr__ keeps it from becoming a submodule, so that its frozen
+        # weights are neither in our checkpoints nor sent around by DDP.
         object.__setattr__(self, "tokenizer", open_tokenizer(args.target))
-        self.vocabulary = self.tokenizer.vocabulary if self.tokenizer else args.vocabulary  # None: pixels
-        self.output = "logits" if self.vocabulary else "pixels"  # the name of Y_m
-        self.align_weight = args.align_weight  # lambda of Eq. 1
+
+        # How many tokens there are to choose from; None if the targets are pixels.
+        self.vocabulary = self.tokenizer.vocabulary if self.tokenizer else args.vocabulary
+        self.output = "logits" if self.vocabulary else "pixels"  # the key of Y_m in what `predict` returns
+
+        # lambda of Eq. 1: 2 for tokens (Sec. 3.2). For pixels .2 (ours): their squared error is far smaller
+        # than a cross-entropy, and 2 probes worse (docs/results.md).
+        self.align_weight = args.align_weight
         if self.align_weight is None:
             self.align_weight = 2.0 if self.vocabulary else 0.2
 
@@ -259,10 +281,11 @@ class CAE(nn.Module):
         width = args.decoder_width  # Dd
         heads = args.decoder_heads
         outputs = self.vocabulary or self.encoder.config["channels"] * self.encoder.patch_size**2
-        self.project = nn.Sequential()
+        self.project = nn.Sequential()  # empty: the identity
         if width != self.encoder.width:
             self.project.append(nn.Linear(self.encoder.width, width))
             self.project.append(nn.LayerNorm(width, eps=1e-6))
+        # The table has a row for CLS, as in the authors' files, which load into it. H and G never use it.
         positions = sincos_positions(width, self.encoder.grid)  # (1, 1 + L, Dd)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         regressor_depth = args.regressor_depth or args.decoder_depth
@@ -274,9 +297,12 @@ class CAE(nn.Module):
             set_drop_paths(part, args.drop_path)
 
     def initialise(self, rescaled):
-        """CAE's code: linear layers xavier-uniform, tokens and patch embedding from a normal distribution of
-        deviation .02 cut at one deviation. `rescaled` (its L): linear layers from that normal distribution
-        too, and the last layer of each branch of block i divided by sqrt(2 i)."""
+        """As in CAE's code: linear layers xavier-uniform; CLS, mask token and patch embedding from a normal
+        distribution of deviation .02, truncated at plus and minus .02.
+
+        rescaled: as the authors initialise ViT-L (BEiT's way): linear layers from that normal distribution
+        too, and the last layer of both branches of block i = 1, 2, ... divided by sqrt(2 i).
+        """
         # Initialise all linear layers and LayerNorms, then what has another distribution.
         self.apply(init_weights)
         encoder = self.encoder
@@ -298,11 +324,16 @@ class CAE(nn.Module):
         """Every tensor of Fig. 1.
 
         images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None to draw one.
-        Returns visible (B, 1 + V, D), Z_v after the last LayerNorm of F, CLS first; predicted (B, U, Dd),
-        Z_m; pixels (B, U, P) or logits (B, U, vocabulary), Y_m; mask (B, L); hidden_ids (B, U), the ids of
-        the hidden patches; and target (B, U, Dd), Z_m with a bar, in training only if lambda > 0.
+        Returns a dict:
+            visible       (B, 1 + V, D), Z_v after the last LayerNorm of F, CLS first
+            predicted     (B, U, Dd), Z_m
+            pixels        (B, U, P), Y_m if the targets are pixels; else
+            logits        (B, U, vocabulary), Y_m if they are tokens
+            mask          (B, L)
+            hidden_ids    (B, U), the ids of the hidden patches
+            target        (B, U, Dd), Z_m with a bar; in training only if lambda > 0
         """
-        # Embed all patches.
+        # Embed all patches and add F's positions (P_v and P_m of width D).
         encoder = self.encoder
         x = encoder.embed(images)  # (B, L, D)
 
@@ -311,8 +342,8 @@ class CAE(nn.Module):
         if mask is None:
             mask = block_mask(len(images), encoder.grid, self.num_hidden)  # (B, L)
         check_mask(mask, x.shape[:2])
-        seen_ids = visible_ids(mask)  # (B, V)
-        hidden_ids = visible_ids(~mask)  # (B, U)
+        seen_ids = visible_ids(mask)  # (B, V), where the mask is False
+        hidden_ids = visible_ids(~mask)  # (B, U): what is hidden is visible under the opposite mask
         mask, seen_ids, hidden_ids = (
             part.to(images.device, non_blocking=True) for part in (mask, seen_ids, hidden_ids)
         )
@@ -325,7 +356,7 @@ class CAE(nn.Module):
         # Encode the visible patches. F: P(Z_v | X_v, P_v)
         visible = encoder.encode(gather_tokens(x, seen_ids))  # Z_v, (B, 1 + V, D)
 
-        # Predict the representations of the hidden ones. H: P(Z_m | Z_v, P_v, P_m)
+        # Predict the representations of the hidden ones, without CLS (CAE's code). H: P(Z_m | Z_v, P_v, P_m)
         predicted = self.regressor(self.project(visible[:, 1:]), pos_visible, pos_hidden)  # Z_m, (B, U, Dd)
 
         # Decode them. G: P(Y_m | Z_m, P_m)
@@ -338,12 +369,13 @@ class CAE(nn.Module):
             "hidden_ids": hidden_ids,
         }
 
-        # Encode the hidden patches alone with the same F: this is what H should have predicted. The loss
-        # stops the gradient here (sg[]), so no graph is built.
+        # Encode the hidden patches alone (and CLS) with the same F: this is what H should have predicted.
+        # The loss stops the gradient here (sg[]), so no graph is built. Without alignment, training saves
+        # the pass.
         if self.align_weight or not self.training:
             with torch.no_grad():
-                target = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
-                out["target"] = self.project(target[:, 1:])  # Z_m with a bar, (B, U, Dd)
+                latent = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
+                out["target"] = self.project(latent[:, 1:])  # Z_m with a bar, (B, U, Dd)
         return out
 
     def forward(self, images, mask=None, ids=None):
@@ -393,8 +425,9 @@ class CAE(nn.Module):
     def visualize(self, images):
         """images (B, C, height, width) -> {title: pictures (B, 3, height, width) in [0, 1]}.
 
-        The image and its visible patches (Fig. 2); for pixels also the reconstruction, and the one of Fig. 3,
-        of all patches with H skipped. With norm_pix these borrow the true mean and deviation of each patch.
+        The image and its visible patches (Fig. 2). For pixels also the reconstruction of the hidden patches,
+        and that of Fig. 3: all patches encoded, H skipped, all patches decoded. With norm_pix both are given
+        each patch's true mean and deviation.
         """
         # Take the image apart, and paint hidden patches in the mean colour, which is 0 once normalised.
         out = self.predict(images)
@@ -422,8 +455,13 @@ class CAE(nn.Module):
         return pictures
 
     def numbers(self, images):
-        """images (B, C, height, width) -> {"through_H": l_y, "skipped": l_y of the same hidden patches with
-        the whole image seen and H skipped}. `skipped` below `through_H` says that H predicts in F's space."""
+        """images (B, C, height, width) -> l_y of the same hidden patches, decoded in two ways: "through_H",
+        from what H predicts, and "skipped", straight from F, which then sees the whole image (Fig. 10).
+
+        G was trained on the output of H alone. If it can read the output of F as well, both lie in one space:
+        `skipped` is then about as low as `through_H`, or lower, because F has seen the answer. Without
+        alignment it is far higher (1.9 against .56 on CIFAR-10).
+        """
         out = self.predict(images)
         ids = out["hidden_ids"]
         targets = self.targets(images, ids)
@@ -433,7 +471,9 @@ class CAE(nn.Module):
             "skipped": decoding_loss(skipped, targets).item(),
         }
 
-    sizes = {  # width, depth (Sec. 5.1) and heads (CAE's code) of F; width of H and G, depth and heads of G
+    # Of F: width, depth (Sec. 5.1), heads (CAE's code). Of H and G: width, depth (of H too, unless
+    # --regressor-depth is given), heads.
+    sizes = {
         "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
         "tiny": (192, 12, 3, 192, 4, 3),  # ours
         "small": (384, 12, 12, 768, 4, 12),
@@ -471,12 +511,14 @@ class CAE(nn.Module):
         add(
             "--regressor-depth",
             type=positive_int,
-            help="blocks of H [as --decoder-depth; Sec. 5.1: 4; Table 6]; --decoder-depth 0: Table 2",
+            help="blocks of H (Sec. 5.1: 4; Table 6) [as many as --decoder-depth]; needed with "
+            "--decoder-depth 0 (Table 2)",
         )
         add(
             "--vocabulary",
             type=bounded(int, 2, 65536),
-            help="for callers of forward(images, mask, ids), without a tokenizer; its file says its own",
+            help="how many ids there are, if you call forward(images, mask, ids) yourself; the file of a "
+            "tokenizer says its own",
         )
         add(
             "--layer-scale",
@@ -488,7 +530,8 @@ class CAE(nn.Module):
             "--drop-path",
             type=bounded(float, 0, 0.99),
             default=0.1,
-            help="stochastic depth in the last block of F, H and G, rising linearly from 0 (Appendix A)",
+            help="drop path rate (Appendix A: .1) of the last block of F, H and G each; rises linearly from "
+            "0 (CAE's code)",
         )
         add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
         parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
@@ -502,10 +545,11 @@ class CAE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tokenizers (Sec. 3.2). Each has `vocabulary` and ids(images (B, 3, height, width) in [0, 1]), which gives
-# one id from 0 to vocabulary - 1 for each 8 x 8 pixels: (B, h, w), h = height / 8, w = width / 8.
+# Tokenizers (Sec. 3.2): the discrete VAE (d-VAE) and DALL-E's. Each has `vocabulary` and ids(images
+# (B, 3, height, width) in [0, 1]), which gives one id from 0 to vocabulary - 1 for each 8 x 8 pixels:
+# (B, h, w), h = height / 8, w = width / 8.
 # ------------------------------------------------------------------------------------------------------------
-class Residual(nn.Module):
+class ResidualConv(nn.Module):
     """x + convolutions(x)."""
 
     def __init__(self, width):
@@ -570,13 +614,13 @@ class DVAE(nn.Module):
             up += [nn.ConvTranspose2d(width, width, 4, stride=2, padding=1), nn.ReLU()]
         self.encoder_layers = nn.Sequential(
             *down,
-            *(Residual(width) for _ in range(args.residual_blocks)),
+            *(ResidualConv(width) for _ in range(args.residual_blocks)),
             nn.Conv2d(width, args.vocabulary, 1),
         )
         self.codes = nn.Embedding(args.vocabulary, width)
         self.decoder_layers = nn.Sequential(
             nn.Conv2d(width, width, 1),
-            *(Residual(width) for _ in range(args.residual_blocks)),
+            *(ResidualConv(width) for _ in range(args.residual_blocks)),
             *up,
             nn.Conv2d(width, 3, 1),
         )
@@ -729,7 +773,7 @@ PICKLED = [
 def build_dvae(content):
     """What tokenizer.pt holds -> DVAE."""
     tokenizer = DVAE(argparse.Namespace(**content["config"]))
-    tokenizer.load_state_dict(content["state_dict"])
+    load_strictly(tokenizer, content["state_dict"])
     return tokenizer
 
 
@@ -740,7 +784,7 @@ def build_dalle(content):
     width = len(weights["blocks.input.weight"])
     vocabulary = len(weights["blocks.output.conv.weight"])
     tokenizer = DalleEncoder(width, vocabulary)
-    tokenizer.load_state_dict(weights)
+    load_strictly(tokenizer, weights)
     return tokenizer
 
 
@@ -785,7 +829,7 @@ def check_args(args, patches):
 
 
 def check_mask(mask, shape):
-    """A ValueError for a mask that images of `shape` = (B, L) cannot be split by."""
+    """A ValueError unless `mask` is bool, (B, L) = `shape`, and both shows and hides patches."""
     if mask.dtype != torch.bool or mask.shape != shape or mask[0].all() or not mask[0].any():
         raise ValueError(
             f"mask must be bool, {tuple(shape)}, with visible and hidden patches; it is {mask.dtype}, "
@@ -820,9 +864,9 @@ IN_A_BLOCK = [
 def from_official(state_dict):
     """A checkpoint with the authors' names, of today's code or of the first release -> the names of `CAE`.
 
-    Their second copy of the encoder, which makes the targets, is left out. Values are passed through or put
-    together (the bias of q, k, v from theirs of q and v), so that a dict of gradients maps the same way.
-    train.py's --init takes such a file whole, finetune.py its encoder.
+    Their second copy of the encoder, which makes the targets, is left out. The biases of q and v are joined
+    to one of q, k, v (theirs have none for k, hence zeros). Nothing is computed from the values, so a dict of
+    gradients is renamed in the same way. train.py's --init takes such a file whole, finetune.py its encoder.
     """
     # Find the weights in the file, without what wrappers put before their names.
     for key in ("model", "module", "state_dict"):
@@ -853,35 +897,43 @@ def from_official(state_dict):
 #   from D, a linear layer and a LayerNorm map Z_v, and the target too, to Dd. That is so in S and in our
 #   `micro`; B and L have Dd = D.
 # - In H, positions are added to queries and keys and not to values, and queries, keys and values pass a
-#   LayerNorm each, so the paper's "the keys and the values are the same" is only loosely true. The
-#   residual branch of the MLP starts from the normalised sum. Z_m gets its positions once more, before G.
-# - Block-wise masks hide exactly U patches; see `block_mask`. Their smallest block has 16 of 196 patches;
-#   scaling it with the grid is ours.
-# - The discrete VAE that the paper trains on ImageNet: their code has the model, but neither its weights
-#   nor its recipe are released. Layers, squared error, Gumbel-softmax with tau = .9 and the diversity term
-#   are theirs.
+#   LayerNorm each, so the paper's "the keys and the values are the same" is only loosely true. The skip
+#   connection around the MLP, too, starts from the normalised tensor. Z_m gets its positions once more,
+#   before G.
+# - Block-wise masks hide exactly U patches; see `block_mask`.
+# - The discrete VAE that the paper trains on ImageNet: their code of it is published; only its weights and
+#   its recipe are not. Layers, squared error, Gumbel-softmax with tau = .9 and the diversity term are theirs.
+# - Fine-tuning on ImageNet: Appendix A gives layer decay, weight decay, epochs, warm-up, batch and rate, and
+#   no more. MixUp and the like stand in their scripts; finetune.py says what of them is here. (For ADE20K
+#   Appendix A gives no one rate, but those that were searched, four for ViT-B and three for ViT-L.)
 #
-# We differ from their code in two points:
+# We differ from their code in these points:
 # - Keys have a bias in F and G, for timm's names; theirs have none. Under softmax it changes nothing.
+# - Position tables of new runs encode the column first, as MAE's do; theirs encode the row first. A table
+#   that is loaded from a file stays as it is.
 # - The tokenizer sees the same crop as F, resized to 8 pixels a patch. Theirs sees the same box, resized
-#   from the original image by Lanczos.
+#   from the original image by Lanczos. Ours runs in fp32 (on CUDA in TF32, unless --precision is fp32). On
+#   CUDA DALL-E's runs all convolutions but the last in fp16, so ids may differ where two logits almost tie.
+# - The smallest block of a mask scales with the grid (on 14 x 14 patches it is theirs), and a mask that is
+#   not full after 400 boxes is filled at random.
 #
 # Where both are silent, it is ours:
-# - Pixels as targets (Fig. 3, Table 9): each patch is normalised as in MAE (plain pixels probe alike), and
-#   lambda is .2. This probes better than the paper's 2, which was tuned beside a cross-entropy some ten
-#   times as large (measured on CIFAR-10; see the documentation's results).
+# - Pixels as targets (Fig. 3, Table 9): each patch is normalised as in MAE, and lambda is .2. The paper's 2
+#   was chosen among 1, 1.5 and 2 beside a cross-entropy, which is some ten times as large. On CIFAR-10 .2
+#   probes better than 2, and plain pixels probe like normalised ones (docs/results.md).
 # - No decoder (Table 2) is a linear layer on Z_m, without positions.
-# - Position tables of new runs are in MAE's order, column first; theirs are row first. A table that is
-#   loaded stays as it is.
 # - The recipe of the discrete VAE. One width E serves the convolutions and the code vectors. The squared
 #   error is one of colours in [0, 1], and the diversity term has the weight 3e-4. On `shapes` (2 epochs,
-#   K = 256; each time seeds 0 and 1) the vocabulary collapses with no weight that was tried:
+#   K = 256) the vocabulary does not collapse with any of the weights that were tried, 0 included. Each
+#   column has two numbers, of seeds 0 and 1. `recon` is that of the end of training. The others are of val
+#   images: the perplexity of their ids; the share of the 256 ids that 64 of them use; the squared error of
+#   images rebuilt from their ids.
 #
-#       --kl-weight    `recon` at the end    val images: perplexity    used by 64    error from their ids
-#       0              .0100 .0128            34  32                   .30 .24       .0178 .0184
-#       3e-4           .0090 .0092            48  62                   .39 .49       .0175 .0159
-#       1e-3           .0103 .0199           107 108                   .75 .76       .0173 .0250
-#       1e-2           .0120 .0165           202 201                  1.00 .99       .0191 .0227
+#       --kl-weight    recon          perplexity    share used    error from ids
+#       0              .0100 .0128     34  32        .30 .24      .0178 .0184
+#       3e-4           .0090 .0092     48  62        .39 .49      .0175 .0159
+#       1e-3           .0103 .0199    107 108        .75 .76      .0173 .0250
+#       1e-2           .0120 .0165    202 201       1.00 .99      .0191 .0227
 #
 #   3e-4 was chosen from this table: `recon` is lowest with both seeds, and more tokens are used than
 #   without the term. Larger weights spread the tokens further and rebuild worse on average. Two seeds and

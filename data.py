@@ -2,28 +2,35 @@
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune -> dense.
 
-This is the one file that knows formats of images and their mean and deviation. From the flag to the model:
+From the flag to the model:
 
     --data NAME | FOLDER | LIST.txt
-        -- open_sets -----------> training set and val set: set[i] -> (uint8 (3, height, width), label)
-        -- TrainDataset --------> fetched, augmented, broken images replaced
-        -- ResumableBatchSampler > which samples, in which order
-        -- DataLoader ----------> uint8 (B, 3, height, width)
-        -- normalize, on the device -> floats
+        -- open_sets -------------> training set, val set: set[i] -> (uint8 (3, height, width), label)
+    a step of the run
+        -- ResumableBatchSampler -> [(epoch, i), ...]: the samples of a micro-batch
+        -- TrainDataset ----------> each of them read and augmented, a broken one replaced
+        -- collate ---------------> uint8 (B, 3, height, width), labels, names of broken ones
+        -- normalize -------------> float32 (B, 3, height, width), on the device
 
-Randomness has no state, so a run that was stopped anywhere goes on exactly as if it had not been: the order
-of an epoch is a function of (seed, epoch), the augmentation of a sample one of (seed, epoch, sample). The
-epoch reaches the loader's workers inside the index, because an attribute would go stale in them.
+Nothing random is carried from one step to the next: each draw is seeded anew by what it is for. The order of
+an epoch depends on (seed, epoch), the augmentation of a sample on (seed, epoch, sample), and masks on (seed,
+step, micro-batch, process), see train.forward_backward. So a run that resumes at a step draws there what it
+would have drawn without the stop. (train.py says when its weights are then equal bit for bit.)
+
+Each loader process works on its own copy of the data set, made when the process started. An epoch kept there
+as an attribute would stay the first one for ever; so each index carries its epoch.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import shlex
 import signal
+import struct
 import subprocess
 import sys
 import warnings
@@ -35,14 +42,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit import UserError, one_line, unit_float
+from vit import UserError, one_line, print_rank0, unit_float
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
@@ -80,26 +87,64 @@ def seed_torch(*what):
 # ------------------------------------------------------------------------------------------------------------
 # Image files
 # ------------------------------------------------------------------------------------------------------------
+say_once = functools.cache(print_rank0)  # not for each image of a set: a process prints an equal line once
+
+
 def from_pil(image):
-    """A PIL image -> uint8 RGB (3, height, width): grey and palettes expanded, alpha dropped, the EXIF
-    rotation applied, 16 bits divided by 256."""
+    """A PIL image -> uint8 RGB (3, height, width): grey and palettes expanded, the EXIF rotation applied,
+    numbers of 16 or 32 bits scaled to 8, what is transparent laid over white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL would clip 16 bits to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    if image.mode[0] in "IF":  # integers or floats, which PIL would clip to white
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high < math.inf:  # NaN fails every comparison
+            raise ValueError(f"its values go from {low} to {high}; they must be finite, and not negative")
+        say_once(
+            f"note: mode {image.mode}: white is the first of 1, 255, 1023, 4095, 16383, 65535, .. that no "
+            f"value of an image exceeds"
+        )
+
+        # Scale to 8 bits. Values up to 1 are shares of white. All else has as many bits as cameras write, 8,
+        # 10, 12, 14 or 16 (32-bit files more), the fewest that the largest value fits in. Divided by that
+        # value itself, images of one set would differ in contrast.
+        if high <= 1:
+            values = np.rint(255 * values)
+        bits = 8
+        while high >= 2**bits:
+            bits += 2
+        image = Image.fromarray((values // 2 ** (bits - 8)).astype(np.uint8))
+
+    # Lay what is transparent over white, whatever colour lies beneath.
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
+
+
+def jpeg_pixels(data):
+    """How many pixels the header of a JPEG announces. (PIL takes fifty times as long to say so.)"""
+    # Go from segment to segment: 0xFF, the kind, the length; a frame's goes on with depth, height and width.
+    place = kind = length = 0
+    while kind not in b"\xc0\xc1\xc2":
+        place += 2 + length
+        kind, length, height, width = struct.unpack_from(">xBHxHH", data, place)
+    return height * width
 
 
 def decode(path):
     """An image file -> uint8 RGB (3, height, width), as `from_pil` has it.
 
-    JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, and what it
-    cannot read, goes to PIL. (On damaged PNGs torchvision's decoder can take the process with it.)
+    JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, what it cannot
+    read, and what has more pixels than PIL reads without a warning, goes to PIL. (On damaged PNGs
+    torchvision's decoder can take the process with it.)
     """
-    data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-    if data[:2].tolist() == [0xFF, 0xD8]:  # a JPEG
-        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError):
+    data = np.fromfile(path, dtype=np.uint8)
+    if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, struct.error):
             warnings.simplefilter("ignore", DeprecationWarning)
-            return torchvision.io.decode_image(data, mode="RGB", apply_exif_orientation=True)
+            if jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
+                return torchvision.io.decode_image(
+                    torch.from_numpy(data), mode="RGB", apply_exif_orientation=True
+                )
     with Image.open(path) as image:
         return from_pil(image)
 
@@ -142,9 +187,6 @@ class LabeledDataset:
 
     def __len__(self):
         return len(self.samples)
-
-    def label(self, i):
-        return self.samples[i][2]
 
     @property
     def labels(self):
@@ -302,7 +344,8 @@ def available_cores():
 
 
 def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
-    """The flags of --data and of augmentation. names: of the sets to speak of; nargs: of --data."""
+    """The flags of --data and of augmentation. names: the sets that the help lists; nargs: how many words
+    --data takes."""
     add = parser.add_argument_group("data").add_argument
     what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
     add("--data", default=default, nargs=nargs, help=what)
@@ -313,7 +356,8 @@ def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
         choices=("none", "fixed-crop", "random-crop", "color-jitter"),
         default="random-crop",
         help="none; a crop of fixed size (224 of 256) and a flip; "
-        "a crop of random size and a flip (Sec. 4.1); the same with colour jitter (MAE Table 1e)",
+        "a crop of random size and a flip (MAE, MixedAE Sec. 4.1); "
+        "the same with colour jitter (MAE Table 1e)",
     )
     add(
         "--crop-scale",
@@ -328,9 +372,16 @@ def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
 def open_folder(folder):
     """A folder -> ImageFiles. Its first level of folders are the classes; if images lie directly in it, there
     are no labels."""
+
+    def refuse(error):
+        raise UserError(
+            f"{error.filename}: no images in it can be read ({error.strerror}); let it be read, or move it "
+            f"away"
+        )
+
     # Walk through it; a link may lead back up, so no real folder is visited twice.
     found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         seen.add(os.path.realpath(root))
         folders[:] = [
             name
@@ -339,7 +390,7 @@ def open_folder(folder):
         ]
         images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
         found += [os.path.join(root, name) for name in images]
-    found.sort()
+    found.sort()  # os.walk has no fixed order, and index i must be one file in all processes and restarts
     if not found:
         raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
 
@@ -352,8 +403,14 @@ def open_folder(folder):
 
 
 def open_list(path):
-    """A .txt with one image path a line, relative to the list's own folder -> ImageFiles without labels."""
-    lines = path.read_text(errors="replace").splitlines()
+    """A .txt with one image path a line, absolute or relative to the list's own folder -> ImageFiles without
+    labels. They are sorted, so the order of the lines does not matter."""
+    try:
+        text = path.read_bytes()
+        utf16 = text[:1] in b"\xff\xfe"  # its mark is one of both orders; UTF-8 never begins so
+        lines = text.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); give a list in UTF-8") from None
     paths = sorted(str(path.parent / line.strip()) for line in lines if line.strip())
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing or not paths:
@@ -384,12 +441,12 @@ def open_sets(args):
     if args.data in NAMES:
         return open_torchvision(args)
     path = Path(args.data)
-    if path.is_dir():
-        for val in ("val", "test"):
-            if (path / "train").is_dir() and (path / val).is_dir():
+    if os.path.isdir(args.data):  # "" is none, but Path("") is the folder we are in
+        for val in ("val", "valid", "validation", "test"):
+            if os.path.isdir(path / "train") and os.path.isdir(path / val):
                 return open_folder(path / "train"), open_folder(path / val)
         return open_folder(path), None
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix == ".txt" and os.path.isfile(path):
         return open_list(path), None
     raise UserError(
         f"--data {args.data}: neither a set ({', '.join(NAMES)}) nor an existing folder or .txt list"
@@ -417,8 +474,8 @@ def center_crop(image_size):
 
 
 def train_transform(args):
-    """--augment (MAE Table 1e). "random-crop" is MAE's and
-    MixedAE's (Sec. 4.1: "random cropping and flipping")."""
+    """--augment (MAE Table 1e). "random-crop" is MAE's and MixedAE's (Sec. 4.1: "random cropping and
+    flipping")."""
     if args.augment == "none":
         return center_crop(args.image_size)
     if args.augment == "fixed-crop":  # 224 of 256, in proportion
@@ -439,13 +496,19 @@ def train_transform(args):
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # ------------------------------------------------------------------------------------------------------------
+def broken_name(dataset, i, error):
+    """What a message calls a sample that cannot be read: its name and, in brackets, the reason."""
+    reason = one_line(error, 500).partition(" '")[0].rstrip(":")  # without the name again
+    return str(error) if isinstance(error, UserError) else f"{dataset.name(i)} ({reason})"
+
+
 @dataclass
 class TrainDataset:
     """(epoch, i) -> (image uint8 (3, height, width) or None, label, names of broken samples met).
 
     A broken sample is replaced by another one of the same set, drawn from (seed, epoch, i) like the
-    augmentation. After ten broken ones in a row the image is None, and the training process decides. A label
-    that is a mask or a dict of objects (dense.py) is transformed together with its image.
+    augmentation. After ten broken ones in a row the image is None, and the run ends: see BrokenImages.count.
+    A label that is a mask or a dict of objects (dense.py) is transformed together with its image.
     """
 
     dataset: object
@@ -463,7 +526,7 @@ class TrainDataset:
             try:
                 image, label = self.dataset[i]
             except Exception as error:  # bad files make PIL and torchvision raise all kinds
-                broken.append(str(error) if isinstance(error, UserError) else self.dataset.name(i))
+                broken.append(broken_name(self.dataset, i, error))
                 i = int(torch.randint(len(self.dataset), ()))
                 continue
             if isinstance(label, (tv_tensors.Mask, dict)):
@@ -495,9 +558,9 @@ def share(batch):
 
 
 def collate_in_worker(samples):
-    """`collate` for loader processes, which hand batches over in shared memory. If there is none left, the
-    error must come up here; in the thread that would do it otherwise it is lost, and the training process
-    waits for ever."""
+    """`collate` for loader processes, which hand batches over in shared memory. By itself torch moves them
+    there in a thread, where the error of having no shared memory left is lost, and the training process waits
+    for ever. Moved here, the error reaches it."""
     batch = collate(samples)
     share(batch)
     return batch
@@ -505,11 +568,11 @@ def collate_in_worker(samples):
 
 class ResumableBatchSampler:
     """The indices [(epoch, i), ...] of each micro-batch of one process, for the steps from `start` to the end
-    of the run.
+    of the run. What loader processes had read ahead when a run stopped is read again.
 
     B' = batch_size x world x accumulate. Batch k of an epoch is order[k B' : (k + 1) B'], of which each
-    process and then each of its micro-batches takes a contiguous slice, so that groups of neighbours
-    (MixedAE) do not depend on the number of processes. What is left at the end of an epoch is dropped.
+    process and then each of its micro-batches takes a contiguous slice, so that the n consecutive images that
+    MixedAE mixes do not depend on the number of processes. What is left at the end of an epoch is dropped.
     """
 
     def __init__(self, length, batch_size, accumulate, rank, world, seed, epochs):
@@ -523,7 +586,7 @@ class ResumableBatchSampler:
         self.length = length
         self.rank = rank
         self.seed = seed
-        self.start = 0
+        self.start = 0  # steps that were done before: train.resume sets it
         self.steps_per_epoch = length // self.global_batch
         self.steps = epochs * self.steps_per_epoch
 
@@ -532,7 +595,8 @@ class ResumableBatchSampler:
 
     def __iter__(self):
         for step in range(self.start, self.steps):
-            # Shuffle anew in each epoch.
+            # Shuffle anew where an epoch begins. A resumed run may begin inside one: it draws the order of
+            # that epoch again, which comes out the same, and goes on at batch k.
             epoch, k = divmod(step, self.steps_per_epoch)
             if step == self.start or k == 0:
                 generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
@@ -569,8 +633,8 @@ def load_batches(dataset, batches, workers, pin_memory):
                 prefetch_factor=4 if workers else None,
             )
         )
-        # When a loader process dies, torch raises an error wherever this one happens to be. Without its
-        # handler the error shows here, when the next batch is asked for.
+        # When a loader process dies, torch raises an error wherever the training process happens to be.
+        # Without its handler the error shows here, when the next batch is asked for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from stream
     except Exception as error:
@@ -579,11 +643,12 @@ def load_batches(dataset, batches, workers, pin_memory):
         failure = error
 
     if failure is not None:
-        # Let go of the other processes in good order: what holds the stream is deleted first.
+        # Drop every reference to the stream, also those of the error's traceback: that ends the other loader
+        # processes before we report.
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
         del stream
-        # An error that a data set or a transform raised is for whoever wrote it: with its traceback, which it
-        # holds.
+        # Torch's text begins with "Caught" if a data set or a transform raised the error in its process. It
+        # holds the traceback from there, which whoever wrote that code needs: raise it as it is.
         text = str(failure) or type(failure).__name__
         if "Caught" in text and "No space left" not in text and "shared memory" not in text:
             raise failure
@@ -595,21 +660,26 @@ def load_batches(dataset, batches, workers, pin_memory):
         )
 
 
+@dataclass
 class BrokenImages:
     """Names and counts the broken images that one process met; more than 10 and more than 1 % of what it saw
-    are too many."""
+    are too many. consequence: what becomes of them."""
 
-    def __init__(self):
-        self.names = []
-        self.seen = 0
-        self.too_many = False
+    consequence: str = "another image takes its place"
+    names: list = field(default_factory=list)
+    seen: int = 0
+    too_many: bool = False
+
+    def note(self, names):
+        """Name those that were not named before."""
+        for name in names:
+            if name not in self.names:
+                tqdm.write(f"warning: {name} is broken; {self.consequence}", file=sys.stderr)
+                self.names.append(name)
 
     def count(self, images, labels, names):
         """Take note of what `collate` returned -> (images, labels); a UserError if there are none."""
-        for name in names:
-            if name not in self.names:
-                tqdm.write(f"warning: {name} is broken; another image takes its place", file=sys.stderr)
-                self.names.append(name)
+        self.note(names)
         if images is None:
             raise self.error()
         self.seen += len(images)
@@ -625,9 +695,9 @@ class BrokenImages:
 
 
 def fixed_images(dataset, image_size, count):
-    """The same `count` images of a set each time, in a fixed random order (files are sorted by class),
-    centred -> uint8 (count, 3, height, width); and of `shapes` the masks of the objects, bool (count, height,
-    width), else None."""
+    """The same `count` images of a set each time, centred -> uint8 (count, 3, height, width); and of `shapes`
+    the masks of the objects, bool (count, height, width), else None. They are drawn at random, because files
+    are sorted by class and the first ones would all be of one class."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
     samples = TrainDataset(dataset, center_crop(image_size))  # broken ones are replaced
     images, _ = BrokenImages().count(*collate([samples[0, i] for i in order]))
@@ -675,34 +745,53 @@ def picture_sheet(panels):
     return sheet
 
 
-def line_chart(title, lines):
-    """{name: [(x, y), ...]} -> a PIL image with the extremes of both axes and a legend of two columns."""
-    # Find the ranges, and where the axes lie: pairs of x and y.
+def round_ticks(low, high):
+    """Two to seven round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    span = max(high - low, 1e-9)
+    power = 10.0 ** math.floor(math.log10(span / 6))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
+    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+
+
+def line_chart(title, lines, styles=None):
+    """{name: [(x, y), ...]} -> a PIL image with round ticks on both axes and a legend of two columns. styles:
+    {name: (its number among the colours, its width)} [one after the other, 2 wide]."""
+    # Draw three times as large, to reduce the picture at the end: that smooths lines and letters.
+    zoom = 3
+    chart = Image.new("RGB", (420 * zoom, 262 * zoom), "white")
+    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(11 * zoom)
+
+    def write(x, y, text, colour="black", anchor="la"):
+        draw.text((zoom * x, zoom * y), text, colour, font, anchor)
+
+    # Find the ranges. The corner of the axes is at (50, 236); above them is the legend.
     points = np.concatenate([np.array(line, dtype=float) for line in lines.values()])
     low, high = points.min(axis=0), points.max(axis=0)
-    top = 28 + 14 * math.ceil(len(lines) / 2)  # below the legend
-    origin, size = np.array([50, 236]), np.array([355, top - 236])
-    chart = Image.new("RGB", (420, 262), "white")
-    draw = ImageDraw.Draw(chart)
+    top = 28 + 14 * math.ceil(len(lines) / 2)
 
-    def place(point):
-        return tuple(origin + size * (np.array(point) - low) / np.maximum(high - low, 1e-9))
+    def place(x, y):
+        shares = (np.array([x, y]) - low) / np.maximum(high - low, 1e-9)
+        return tuple(zoom * (np.array([50, 236]) + shares * [355, top - 236]))
 
     # Draw the axes.
-    draw.text((50, 4), title, "black")
-    for part in (0, 0.5, 1):
-        x, y = low + part * (high - low)
-        across, up = place((x, y))
-        draw.line([(50, up), (405, up)], "lightgrey")
-        draw.text((44, up), f"{y:.3g}", "black", anchor="rm")
-        draw.text((across, 242), f"{x:.3g}", "black", anchor="ma")
+    write(50, 4, title)
+    for y in round_ticks(low[1], high[1]):
+        left, up = place(low[0], y)
+        draw.line([(left, up), (405 * zoom, up)], "lightgrey", zoom)
+        write(44, up / zoom, f"{y:.4g}", anchor="rm")
+    whole = not (points[:, 0] % 1).any()  # layers have no halves
+    for x in round_ticks(low[0], high[0]):
+        if whole and x % 1:
+            continue
+        write(place(x, low[1])[0] / zoom, 242, f"{x:.4g}", anchor="ma")
 
     # Draw the lines and their names.
     for i, (name, line) in enumerate(lines.items()):
-        colour = tuple(int(255 * c) for c in COLOURS[i % len(COLOURS)])
-        draw.line([place(point) for point in line], colour, width=2)
-        draw.text((50 + 185 * (i % 2), 20 + 14 * (i // 2)), name, colour)
-    return chart
+        colour, width = styles[name] if styles else (i, 2)
+        colour = tuple(int(255 * c) for c in COLOURS[colour % len(COLOURS)])
+        draw.line([place(*point) for point in line], colour, width * zoom, joint="curve")
+        write(50 + 185 * (i % 2), 20 + 14 * (i // 2), name, colour)
+    return chart.reduce(zoom)
 
 
 def read_log(folder):
@@ -716,9 +805,10 @@ def read_log(folder):
 
 def curves(folders):
     """The logs of run folders, to compare them -> one PIL image: each number against the epoch (MixedAE Fig.
-    6b), each list, as the last row has it, against the layer (Fig. 6a). None if no log has two rows."""
-    charts = defaultdict(lambda: defaultdict(list))  # title -> name of a line -> [(x, y), ...]
-    for folder in folders:
+    6b), each list, as the last row has it, against the layer (Fig. 6a). A run has one colour everywhere. None
+    if no log has two rows."""
+    charts, styles = defaultdict(lambda: defaultdict(list)), {}  # title -> lines of `line_chart`
+    for colour, folder in enumerate(folders):
         rows = read_log(folder)
         run = "/".join(Path(folder).parts[-2:])
         for row in rows if len(rows) > 1 else ():
@@ -728,6 +818,7 @@ def curves(folders):
                     continue
                 title = SAME_CHART.get(key, key)
                 line = run if title == key else f"{run} {key}"
+                styles[line] = (colour, 2 if title == key else 1)
                 if values.ndim:
                     points = list(enumerate(values, start=1))
                     charts[f"{key}, last row, against the layer"][line] = points
@@ -738,7 +829,7 @@ def curves(folders):
 
     # Put the charts side by side, three in a row, the loss first.
     order = sorted(charts, key=lambda title: (not title.startswith("loss "), title))
-    tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title])) for title in order]
+    tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title], styles)) for title in order]
     return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 
@@ -747,8 +838,10 @@ def curves(folders):
 # ------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def writing(path):
-    """What goes wrong while a file is written is a UserError of code 1."""
+    """What goes wrong while a file is written is a UserError of code 1. Its folder is made again if somebody
+    has deleted it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise UserError(f"{path} could not be written ({one_line(error)})", code=1) from None
@@ -793,7 +886,8 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def write_text(self, name, text):
-        self.write(name, lambda file: file.write(text.encode()))
+        # Write the names of files, which may be any bytes, as they are.
+        self.write(name, lambda file: file.write(text.encode(errors="surrogateescape")))
 
     def write_picture(self, name, image):
         self.write(f"pictures/{name}", lambda file: image.save(file, "PNG"))

@@ -31,10 +31,10 @@ Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2.
       position bias, which the papers do not mention. Photometric distortion is torchvision's colour jitter:
       see `SceneTransform`. BatchNorm is synchronised between processes on CUDA alone.
     - Detection is torchvision's Mask R-CNN: see `Detector`. Not here: Cascade Mask R-CNN (MixedAE Sec. 4.3,
-      CAE Table 7), ViTDet's window attention, and the second augmentation of CAE's code (resize, crop,
-      resize), which its paper does not mention.
-    - best.pt is the epoch that is best on the test set: an
-      optimistic number. results.json has the last epoch's too.
+      CAE Table 7), ViTDet's window attention and relative positions, and the second augmentation of CAE's
+      code (resize, crop, resize), which its paper does not mention.
+    - best.pt is the epoch that is best on the test set: an optimistic number. results.json has the last
+      epoch's too.
 """
 
 import argparse
@@ -74,6 +74,7 @@ from data import (
     RunFolder,
     Shapes,
     TrainDataset,
+    broken_name,
     normalize,
     open_folder,
     picture_sheet,
@@ -102,6 +103,7 @@ from train import (
     facts_of,
     first_phase,
     inference,
+    resolve_warmup,
     run_program,
     share_of_batch,
 )
@@ -329,6 +331,7 @@ class Pyramid(nn.Module):
             self.scales = MultiScaleNeck(D)
             self.fpn = FeaturePyramidNetwork([D] * 4, width)
         else:
+            encoder.pos_embed.requires_grad_(True)  # ViTDet trains the position table
             self.taps = [depth] * 4
             self.scales = SimplePyramid(D, width)
             self.fpn = nn.Identity()
@@ -382,11 +385,11 @@ class Detector(detection.MaskRCNN):
         super().__init__(
             Pyramid(encoder, args.neck, width),
             rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
-                [2 * p, 4 * p, 8 * p, 16 * p, 32 * p], (0.5, 1.0, 2.0)
+                [p * 2**i for i in range(1, 6)], (0.5, 1.0, 2.0)
             ),
             rpn_head=detection.rpn.RPNHead(width, 3, conv_depth=1 if is_fpn else 2),  # CAE's code; ViTDet
-            rpn_pre_nms_top_n_train=2 * args.proposals,
-            rpn_post_nms_top_n_train=2 * args.proposals,
+            rpn_pre_nms_top_n_train=2 * args.proposals,  # as detectron2 has it: 2000, of which 1000 are kept
+            rpn_post_nms_top_n_train=args.proposals,
             rpn_pre_nms_top_n_test=args.proposals,
             rpn_post_nms_top_n_test=args.proposals,
             box_batch_size_per_image=args.rois,
@@ -428,19 +431,18 @@ def coco_results(found, image_id, category_ids):
     """What a Detector found in an image -> rows of COCO's format of results: bbox is x, y, width, height; a
     mask is a run-length encoding (RLE)."""
     boxes = box_convert(found["boxes"].double(), "xyxy", "xywh")
-    masks = (found["masks"][:, 0] > 0.5).numpy()  # (N, height, width)
-    rows = []
-    for box, label, score, mask in zip(boxes, found["labels"], found["scores"], masks):
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        row = {
+    masks = (found["masks"][:, 0] > 0.5).permute(1, 2, 0)  # (height, width, N)
+    rles = coco_mask.encode(np.asfortranarray(masks, dtype=np.uint8))
+    return [
+        {
             "image_id": image_id,
             "category_id": category_ids[label - 1],
             "bbox": box.tolist(),
             "score": score.item(),
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            "segmentation": {**rle, "counts": rle["counts"].decode()},
         }
-        rows.append(row)
-    return rows
+        for box, label, score, rle in zip(boxes, found["labels"], found["scores"], rles)
+    ]
 
 
 def detection_metrics(truth, rows):
@@ -475,32 +477,31 @@ def linear_lr(epoch, lr, warmup_epochs, epochs, min_lr):
     return warm_up(epoch, warmup_epochs) * (min_lr + (lr - min_lr) * (1 - epoch / epochs))
 
 
-def step_lr(epoch, lr, warmup_epochs, epochs, min_lr):
-    """The schedule of detection: lr, a tenth of it from 9/12 of the run on, a hundredth from 11/12 on (CAE's
-    code: epochs 9 and 11 of 12); never below min_lr."""
-    drops = (epoch >= epochs * 9 / 12) + (epoch >= epochs * 11 / 12)
-    return warm_up(epoch, warmup_epochs) * max(min_lr, lr * 0.1**drops)
+# Where detection drops its rate, as shares of the run. CAE's code: epochs 9 and 11 of 12. ViTDet, and the
+# public detector of MR-MAE's group: steps 163,889 and 177,546 of 184,375.
+LR_DROPS = {"fpn": (9 / 12, 11 / 12), "simple": (8 / 9, 26 / 27)}
+
+
+def step_lr(epoch, lr, warmup_epochs, epochs, min_lr, drops=LR_DROPS["fpn"]):
+    """The schedule of detection: lr, a tenth of it from the first drop on, a hundredth from the second on;
+    never below min_lr."""
+    passed = sum(epoch >= epochs * drop for drop in drops)
+    return warm_up(epoch, warmup_epochs) * max(min_lr, lr * 0.1**passed)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Tasks: how a batch becomes a model's input, how an image is tested, and by what numbers
 # ------------------------------------------------------------------------------------------------------------
-@dataclass
-class DenseEvalDataset(torch.utils.data.Dataset):
+class DenseEvalDataset(TrainDataset):
     """(epoch, i) -> (image and truth as they are, broken names), for testing. Of a broken sample both are
     None, as `collate` knows them."""
-
-    dataset: object
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, index):
         i = index[1]
         try:
             return *self.dataset[i], []
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            return None, None, [str(error) if isinstance(error, UserError) else self.dataset.name(i)]
+            return None, None, [broken_name(self.dataset, i, error)]
 
 
 @dataclass
@@ -521,7 +522,7 @@ class Task:
             start_testing(self.model)
             shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
             ids = shares[dist.get_rank()].tolist()
-        samples, device = DenseEvalDataset(self.test_set), torch.device("cpu")
+        samples, device = DenseEvalDataset(self.test_set, None), torch.device("cpu")
         batches = read_batches(samples, [[i] for i in ids], self.args, device, consequence)
         for i, (images, truths) in zip(ids, batches):
             if images is not None:
@@ -592,10 +593,6 @@ class Segmentation(Task):
             counts = truth != IGNORE
             matrix += confusion_matrix(self.predict(image)[counts], truth[counts], len(classes))
         dist.all_reduce(matrix)
-        if not matrix.any():
-            raise UserError(
-                f"--data {self.args.data}: no pixel of its test images counts; are all ignored, or broken?"
-            )
 
         # Write, and summarise.
         if folder:
@@ -608,9 +605,10 @@ class Segmentation(Task):
         return squared(PALETTE[classes.long().cpu()].permute(2, 0, 1))
 
     def predict_files(self, root, folder):
-        """--predict: masks with the files' names, in which k is the class in line k of classes.txt."""
+        """--predict: masks with the files' names, numbered as the training masks are."""
         for i, image, _ in self.each_image("it gets no mask"):
-            mask = Image.fromarray((1 + self.predict(image)).byte().cpu().numpy())
+            labels = self.predict(image) + (self.args.first_label != "0")
+            mask = Image.fromarray(labels.byte().cpu().numpy())
             name = Path(self.test_set.name(i)).relative_to(root).with_suffix(".png")
             mask.save(Path(self.args.out, "-".join(name.parts)))
 
@@ -619,7 +617,10 @@ class Detection(Task):
     """A Detector, and the images that it is tested on."""
 
     metric = "box_ap"  # chooses best.pt
-    schedule = staticmethod(step_lr)
+
+    @property
+    def schedule(self):
+        return partial(step_lr, drops=LR_DROPS[self.args.neck])
 
     def prepare(self, images, targets):
         """A batch -> what the model is called with. The Detector normalises."""
@@ -712,8 +713,16 @@ def program(args, argv, device):
     if train_set.classes != test_set.classes:
         raise UserError(f"--data {args.data}: its training and test files have different categories")
 
+    # Choose the share of --label-fraction, but as many images as one batch needs: the same ones for a seed.
+    if args.label_fraction:
+        batch = args.batch_size * args.accumulate * dist.get_world_size()
+        count = max(batch, round(args.label_fraction * len(train_set)))
+        ids = np.random.default_rng(args.seed).permutation(len(train_set))[:count].tolist()
+        names = [train_set.name(i) for i in ids]
+        train_set = torch.utils.data.Subset(train_set, ids)
+        train_set.classes, train_set.name = test_set.classes, names.__getitem__  # as the whole set has them
+
     # Build the model; every process starts from the same head.
-    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
     model = build_model(encoder, {"info": info, "classes": test_set.classes}, args)
     if dist.get_world_size() > 1 and device.type == "cuda":
@@ -738,7 +747,6 @@ def program(args, argv, device):
         schedule=task.schedule,
         prepare=task.prepare,
         export=dict,  # no encoder.pt
-        folder=folder,
     )
     header = (
         f"{args.task} with {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} test "
@@ -751,15 +759,15 @@ def evaluate(args, device):
     """--evaluate: the numbers of a finished run on its own test set or on --data's, or with --predict what it
     finds in the images of a folder -> exit code."""
     # Load the run; its task and sizes are its own.
-    model, saved = load_finished(args.evaluate[0], device, build_model)
+    model, saved = load_finished(args.evaluate[0], args, device, build_model)
     own = saved["args"]
+    given = {flag: getattr(args, flag, None) for flag in ("data", "window", "first_label")}
     args = replace_args(
         args,
-        data=args.data or own["data"],
         image_size=own["image_size"],
         out=args.out or "runs/evaluate",
         task=own["task"],
-        window=getattr(args, "window", None) or own.get("window"),
+        **{flag: own.get(flag) if value is None else value for flag, value in given.items()},
     )
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
@@ -793,7 +801,6 @@ DEFAULTS = {
     "segment": dict(
         epochs=5,
         batch_size=share_of_batch(16, multiple=2),
-        warmup_epochs=0.5,
         layer_decay=0.65,
         drop_path=0.1,
         image_size=None,
@@ -801,7 +808,6 @@ DEFAULTS = {
     "detect": dict(
         epochs=1,
         batch_size=share_of_batch(8),
-        warmup_epochs=0.1,
         layer_decay=0.75,
         drop_path=0.2,
         image_size=[128],
@@ -826,6 +832,11 @@ def parse_args(argv=None):
         "--evaluate the run's own]",
     )
     add(
+        "--label-fraction",
+        type=bounded(float, 1e-9, 1),
+        help="train on this share of the training images, at least a batch (ours) [all]",
+    )
+    add(
         "--head-width",
         type=size_int,
         help="channels of UperNet [the encoder's width], or of the neck and the heads of Mask R-CNN (the "
@@ -842,6 +853,12 @@ def parse_args(argv=None):
         help="stochastic depth of the last block, rising linearly from 0 in the first",
     )
     if task == "segment":
+        add(
+            "--first-label",
+            choices=("0", "1"),
+            help="the number of the first class in masks: 1, with 0 and 255 ignored (ADE20K); or 0, with 255 "
+            "[1, but masks that seem to count from 0 are refused; with --evaluate as the run]",
+        )
         add(
             "--head",
             choices=("uper", "linear"),
@@ -882,7 +899,7 @@ def parse_args(argv=None):
             "--proposals",
             type=positive_int,
             default=100,
-            help="boxes that the first stage hands on, in training twice as many (ours; torchvision: 1000)",
+            help="boxes that the first stage hands on (ours; detectron2: 1000)",
         )
         add(
             "--rois",
@@ -895,11 +912,12 @@ def parse_args(argv=None):
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
     check_encoder_args(parser, args)
+    resolve_warmup(args, most=args.epochs / 10)
     if args.evaluate:
         if len(args.evaluate) > 1:
             parser.error(f"--evaluate {' '.join(args.evaluate)}: there are no ensembles here; give one run")
         return args
-    args.data = args.data or "shapes"
+    args.data = "shapes" if args.data is None else args.data
     if task == "detect" and args.compile and args.resize == "multi-scale":
         parser.error("--compile: wants images of one size, so --resize jitter")
     if task == "segment" and args.scale[0] > args.scale[1]:
@@ -934,17 +952,25 @@ def open_set(args, split):
     return (open_scenes if args.task == "segment" else open_objects)(args, split)
 
 
-def try_some(dataset):
-    """Read up to 50 evenly spaced samples, so that what a user can mend (a UserError: a mask of another size,
-    a label too large) fails before training and not hours into it. Files that cannot be read are left to
-    training and testing, which name them."""
+def read_some(dataset):
+    """Read up to 50 evenly spaced samples and yield their indices, so that what a user can mend (a UserError:
+    a mask of another size, a label too large) fails before training and not hours into it. Files that cannot
+    be read are left to training and testing, which name them."""
     for i in range(0, len(dataset), math.ceil(len(dataset) / 50)):
         try:
             dataset[i]
+            yield i
         except UserError:
             raise
         except Exception:
             pass
+
+
+def random_crop(size, mean, outside):
+    """A crop at random; what it lacks is filled, with the mean colour and in masks with `outside`."""
+    # v2 takes the first plain tensor for the image, and leaves labels as they are.
+    fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: outside}
+    return v2.RandomCrop(size, pad_if_needed=True, fill=fill)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -954,11 +980,12 @@ class Scenes(ImageFiles):
     """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, height, width), Mask uint8 (height, width)
     of classes 0 .. len(classes) - 1 and IGNORE).
 
-    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png, where 0 and 255 are
-    ignored and classes count from 1. A mask fits its image after the image's EXIF rotation.
+    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png. There classes count from
+    1, and 0 and 255 are ignored; with --first-label 0 they count from 0, and 255 alone is ignored. A mask
+    fits its image after the image's EXIF rotation.
     """
 
-    def __init__(self, folder, split, classes):
+    def __init__(self, folder, split, classes, first_label):
         paths = open_folder(Path(folder, "images", split)).paths
         masks = [Path(folder, "annotations", split, Path(path).stem + ".png") for path in paths]
         missing = [mask for mask in masks if not mask.is_file()]
@@ -967,7 +994,11 @@ class Scenes(ImageFiles):
                 f"{folder}: {len(missing)} of {len(masks)} masks are missing, the first is {missing[0]}"
             )
         super().__init__(paths, masks, classes)
-        try_some(self)
+        self.first = int(first_label != "0")
+
+        # Judge the masks. A few test images may well lack a class, so these do not tell how masks count.
+        seen = [np.unique(Image.open(masks[i])) for i in read_some(self)]
+        judge_masks(masks[0].parent, seen, classes, first_label or split == "validation")
 
     def __getitem__(self, i):
         image, file = super().__getitem__(i)
@@ -977,13 +1008,39 @@ class Scenes(ImageFiles):
                 f"{file}: has the shape {mask.shape}, its image (after its EXIF rotation) "
                 f"{tuple(image.shape[-2:])}; a mask is one channel of the same size"
             )
-        mask[mask == IGNORE] = 0
-        if mask.max() > len(self.classes):
+        end = self.first + len(self.classes)
+        known = np.isin(mask, [*range(end), IGNORE])
+        if not known.all():
             raise UserError(
-                f"{file}: has the label {mask.max()}; labels are 0 or 255 (ignored) and 1 to "
-                f"{len(self.classes)}, a line each in classes.txt"
+                f"{file}: has the label {mask[~known][0]} ({mask.dtype}); labels are "
+                f"{'0 or ' * self.first}255 (ignored) and {self.first} to {end - 1}, whole numbers, a line "
+                f"each in classes.txt"
             )
-        return image, tv_tensors.Mask((mask - 1).astype(np.uint8))  # 0 becomes 255
+        labels = mask.astype(np.uint8) - self.first  # 0 - 1 is 255
+        return image, tv_tensors.Mask(np.where(mask == IGNORE, IGNORE, labels))
+
+
+def judge_masks(where, seen, classes, first_label):
+    """Refuse masks whose labels are not what they are taken for. seen: the labels that occur, of each mask
+    that was read; first_label: --first-label, or None if nobody gave it.
+
+    Masks count from 0, it seems, if 0 is in more than half of them and the last class in none, although more
+    than .8 of the numbers occur. Where many are missing, as of ADE20K's 150 classes in 50 masks, the last one
+    says nothing.
+    """
+    labels, k = set().union(*seen), len(classes)
+    said = f"{where}: the {len(seen)} masks that could be read hold the labels {sorted(map(int, labels))}"
+    if labels <= {0, IGNORE} and (labels != {0} or first_label != "0"):
+        raise UserError(
+            f"{said}, so there is nothing to learn (255 is always ignored, 0 unless --first-label 0); write "
+            f"into each pixel the number of its class, which is its line in classes.txt"
+        )
+    zeros = sum(0 in one for one in seen)
+    if not first_label and k not in labels and len(labels) > 0.8 * k and zeros > len(seen) / 2:
+        raise UserError(
+            f"{said} and never {k}, with {k} classes. If they count from 0, give --first-label 0: j is line "
+            f"j + 1 of classes.txt. If 0 is to be ignored, and {classes[-1]} is rare, give --first-label 1"
+        )
 
 
 class DrawnScenes(Shapes):
@@ -1023,8 +1080,8 @@ def open_scenes(args, split):
     if args.data == "shapes":
         return DrawnScenes(args.image_size, split, DRAWN[split])
     folder = Path(args.data)
-    name = {"train": "training", "val": "validation"}[split]
-    return Scenes(folder, name, scene_classes(folder))
+    name = "training" if split == "train" else "validation"
+    return Scenes(folder, name, scene_classes(folder), args.first_label)
 
 
 class SceneTransform:
@@ -1040,9 +1097,7 @@ class SceneTransform:
     def __init__(self, args, mean):
         self.scale = args.scale
         self.short = min(args.image_size)
-        # v2 takes the first plain tensor for the image.
-        fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: IGNORE}
-        self.crop = v2.RandomCrop(args.image_size, pad_if_needed=True, fill=fill)
+        self.crop = random_crop(args.image_size, mean, IGNORE)
         jitters = [
             v2.ColorJitter(brightness=0.125),
             v2.ColorJitter(contrast=0.5),
@@ -1054,8 +1109,7 @@ class SceneTransform:
 
     def __call__(self, image, mask):
         # Resize: the image bilinearly, the mask to the nearest pixel.
-        low, high = self.scale
-        ratio = low + (high - low) * torch.rand(()).item()
+        ratio = torch.empty(()).uniform_(*self.scale).item()
         short = max(2, round(ratio * self.short))
         image, mask = v2.Resize([short])(image, mask)
 
@@ -1109,17 +1163,37 @@ def mistake_of(note, images, categories):
         return f"is of the image {image}, which is none of its images"
     if category not in categories:
         return f"has the category {category}, which is none of its {len(categories)} categories"
-    if len(box or ()) != 4 or not np.isfinite(box).all():
-        return f"has the bbox {box}; it must be x, y, width, height"
-    mask, record = note.get("segmentation") or [()], images[image]
+    width, height = images[image]["width"], images[image]["height"]
+    where = f"in an image of {width} x {height} pixels"
+
+    # Check the box. Corners of what lies in the lower right half of an image, taken for x, y, width, height,
+    # end far outside it.
+    if (
+        len(box or ()) != 4
+        or not np.isfinite(box).all()
+        or (box[0] < box[2] <= width and box[1] < box[3] <= height and sum(box) > 1.1 * (width + height))
+        or (min(box[2:]) > 0 and max(box) < 1)
+    ):
+        return (
+            f"has the bbox {box} {where}; it must be x, y, width, height in pixels, not corners (instead of "
+            f"x, y, x1, y1 write x, y, x1 - x, y1 - y) and not shares of the image"
+        )
+    area = note.get("area") or 0
+    if not isinstance(area, (int, float)) or not 0 <= area < math.inf:
+        return f"has the area {area!r}; it must be a number of pixels, or be left out: then it is the mask's"
+
+    # Check the mask. pycocotools crashes on points that are far away, or nowhere (NaN), and can wait for ever
+    # if run lengths do not add up to the image.
+    mask = note.get("segmentation") or [()]
     if isinstance(mask, dict):
-        whole = mask.get("size") == [record["height"], record["width"]]
+        counts = mask["counts"]
+        whole = mask["size"] == [height, width] and (type(counts) is str or sum(counts) == height * width)
     else:
-        whole = all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
+        whole = all(len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() < 1e5 for p in mask)
     if not whole:
         return (
-            "has no segmentation that Mask R-CNN could learn from: it must be polygons of three points or "
-            "more, x, y, x, y, .., or run lengths of the image's size"
+            f"has the segmentation {one_line(mask, 60)} {where}; it must be polygons of three points or more "
+            f"in it, x, y, x, y, .., or run lengths of the image's size that add up to its pixels"
         )
 
 
@@ -1147,7 +1221,7 @@ class CocoObjects(ImageFiles):
                 if mistake:
                     raise ValueError(f"annotation {note.get('id')} {mistake}")
         except Exception as error:  # not JSON, or of another shape
-            what = f"{type(error).__name__}: {one_line(error, 250)}"
+            what = f"{type(error).__name__}: {one_line(error, 400)}"
             raise UserError(f"{path}: not in COCO's format ({what})") from None
         missing = [file for file in files.values() if not file.is_file()]
         if missing:
@@ -1170,6 +1244,8 @@ class CocoObjects(ImageFiles):
             )
         if not any(objects.values()):
             raise UserError(f"{path}: none of its images has an object")
+        if not training and max(map(len, objects.values())) > 100:
+            print_rank0(f"warning: {path}: COCO's AP counts 100 detections an image; some have more objects")
 
         # Choose the images.
         self.image_ids = [i for i in objects if objects[i] or not training]
@@ -1179,7 +1255,7 @@ class CocoObjects(ImageFiles):
             [objects[i] for i in self.image_ids],
             [categories[k] for k in self.category_ids],
         )
-        try_some(self)
+        list(read_some(self))
 
     def __getitem__(self, i):
         image, notes = super().__getitem__(i)
@@ -1286,9 +1362,7 @@ class ObjectTransform:
         shorts = [round(min(size) * part / 25) for part in range(15, 26)]
         self.jitter = args.resize == "jitter"
         self.scale = ScaleJitter(size[::-1], (0.1, 2.0)) if self.jitter else ShortestSize(shorts, max(size))
-        # v2 takes the first plain tensor for the image, and leaves labels as they are.
-        fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: 0}
-        self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+        self.crop = random_crop(size, mean, 0)
         self.rest = v2.Compose(
             [
                 v2.RandomHorizontalFlip(),

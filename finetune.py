@@ -12,7 +12,7 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     python finetune.py --evaluate runs/a runs/b --data ...
     python finetune.py --evaluate runs/a --predict path/to/images
     # how much of the attention falls on the objects of a set with boxes (MixedAE Sec. 3.4)
-    python finetune.py --objects boxes.csv --data path/to/set --encoder runs/mae/encoder.pt runs/mixedae/encoder.pt
+    python finetune.py --objects boxes.csv --data path/to/set --encoder a/encoder.pt b/encoder.pt
 
 A protocol decides what is trained on top of the encoder:
 
@@ -29,8 +29,8 @@ for attentive probing, MR-MAE Sec. 4.1. They differ from what stands here (ours,
       the batch reversed); RandAugment, with timm's scale of 10, applies both operations always, with one
       magnitude, by bilinear interpolation (timm: each with probability .5, with magnitude noise .5,
       "increasing" operations, bicubic).
-    - CAE's code fine-tunes with a learned relative position
-      bias, which its paper does not mention; it is not here.
+    - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention; it is not
+      here.
     - The random crop of the probes tries ten times for a crop that fits (the authors' draws once and clamps).
     - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch), and the
       linear probe's averages over all batches (MAE's code forgets, with momentum .1): see `Classifier`.
@@ -70,11 +70,13 @@ from data import (
     NAMES,
     STD,
     BrokenImages,
+    ImageFiles,
     LabeledDataset,
     ResizeToCover,
     RunFolder,
     TrainDataset,
     add_data_args,
+    broken_name,
     center_crop,
     collate,
     fixed_images,
@@ -97,6 +99,7 @@ from train import (
     local_rank0_first,
     lr_at,
     run_loop,
+    resolve_warmup,
     run_program,
     share_of_batch,
     to_device,
@@ -108,8 +111,11 @@ from vit import (
     add_size_args,
     bounded,
     build_encoder,
+    check_statistics,
+    find_weights,
     init_weights,
     load_file,
+    load_strictly,
     natural_float,
     one_line,
     pack_encoder,
@@ -199,9 +205,10 @@ class Classifier(nn.Module):
             batch_norm = nn.BatchNorm1d(D, affine=False, eps=1e-6, momentum=None)
             self.head = nn.Sequential(batch_norm, init_linear(nn.Linear(D, classes)))
 
-        # Fine-tune: train everything, positions too (MAE's code: after they were resized).
+        # Fine-tune: train everything. MAE's code trains the position table too (after it was resized), CAE's
+        # keeps it fixed.
         else:
-            encoder.pos_embed.requires_grad_(True)
+            encoder.pos_embed.requires_grad_(info["method"].partition("-")[0] != "cae")
             set_drop_paths(encoder, args.drop_path)
             if feature == "mean":
                 # The mean of raw patch tokens passes a LayerNorm of its own, in place of the encoder's.
@@ -353,8 +360,8 @@ def augmented(images, labels, args, info, classes, multi_label):
 # Testing
 # ------------------------------------------------------------------------------------------------------------
 class EvalDataset(TrainDataset):
-    """(epoch, i) -> (image, label, broken names) for testing: every sample counts once, so a broken image is
-    shown black, and named.
+    """(epoch, i) -> (image, whether it is broken, broken names) for testing: every sample counts once, so a
+    broken image is shown black, and named.
 
     The transform is MAE's: 256 pixels for 224, then the
     centre. An image that has the size already stays as it is.
@@ -368,11 +375,11 @@ class EvalDataset(TrainDataset):
     def __getitem__(self, index):
         _, i = index
         try:
-            image, label = self.dataset[i]
-        except Exception:  # bad files make PIL and torchvision raise all kinds
+            image, _ = self.dataset[i]
+        except Exception as error:  # bad files make PIL and torchvision raise all kinds
             black = torch.zeros(3, *self.image_size, dtype=torch.uint8)
-            return black, self.dataset.label(i), [self.dataset.name(i)]
-        return image if list(image.shape[-2:]) == self.image_size else self.transform(image), label, []
+            return black, True, [broken_name(self.dataset, i, error)]
+        return image if list(image.shape[-2:]) == self.image_size else self.transform(image), False, []
 
 
 class CachedFeatures(torch.utils.data.TensorDataset):
@@ -382,35 +389,37 @@ class CachedFeatures(torch.utils.data.TensorDataset):
         return *super().__getitem__(index[1]), []
 
 
-def read_batches(dataset, chunks, args, device, consequence="it counts as a black image"):
+def read_batches(dataset, chunks, args, device, consequence="it counts as black, and gets no prediction"):
     """The given chunks (lists of indices) as batches (images, labels) on the device. Broken samples are
     named, with the consequence; more than 10 and more than 1 % of them stop the run."""
-    broken, indices = 0, [[(0, i) for i in chunk] for chunk in chunks]
+    broken, indices = BrokenImages(consequence), [[(0, i) for i in chunk] for chunk in chunks]
     stream = load_batches(dataset, indices, args.workers, device.type == "cuda")
     quiet = dist.get_rank() > 0
     for images, labels, names in tqdm(stream, "testing", len(chunks), leave=False, disable=quiet):
-        for name in names:
-            broken += 1
-            tqdm.write(f"warning: {name} is broken; {consequence}", file=sys.stderr)
-            if broken > max(10, 0.01 * len(dataset)):
-                raise UserError(
-                    f"too many broken images: {broken}, the last is {name}; repair or remove them", code=1
-                )
+        broken.note(names)
+        if len(broken.names) > max(10, 0.01 * len(dataset)):
+            raise UserError(
+                f"too many broken images: {len(broken.names)} of {len(dataset)}, the first is "
+                f"{broken.names[0]}; repair or remove them",
+                code=1,
+            )
         yield (None, None) if images is None else to_device((images, labels), device)
 
 
 def predict_dataset(function, dataset, args, device):
-    """function(images, labels of a batch) -> (b, ...), over a whole set that is shared out over the processes
-    -> (N, ...) float32, in order, on every process. Every sample counts once, whatever the number of
-    processes."""
+    """function(images of a batch) -> (b, ...), over a whole set that is shared out over the processes -> (N,
+    ...) float32, in order, on every process. Every sample counts once, whatever the number of processes. With
+    --predict the row of a broken image is NaN."""
     # Take every world-th chunk. A process without one looks at another's, to know the shape of a result.
     chunks, rank = torch.arange(len(dataset)).split(args.batch_size), dist.get_rank()
     mine = chunks[rank % len(chunks) :: dist.get_world_size()]
     out = None
     batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device)
-    for chunk, (images, labels) in zip(mine, batches):
+    for chunk, (images, broken) in zip(mine, batches):
         with inference(args, device):
-            values = function(images, labels).float()
+            values = function(images).float()
+        if args.predict:
+            values[broken] = math.nan
         if out is None:
             out = torch.zeros(len(dataset), *values.shape[1:], device=device)
         if rank < len(chunks):
@@ -423,18 +432,14 @@ def predict_dataset(function, dataset, args, device):
 
 def predict_logits(model, samples, args, device):
     """A classifier's scores (N, classes) of images or of cached features."""
-    return predict_dataset(lambda images, _: model.logits(model.prepare(images)[0]), samples, args, device)
+    return predict_dataset(lambda images: model.logits(model.prepare(images)[0]), samples, args, device)
 
 
 def cache_features(model, dataset, args, device):
     """Look at every image of a set once -> its features (N, D), for the attentive protocol (N, L, D), in
     place of images."""
     samples = EvalDataset(dataset, args.image_size)
-
-    def look(images, _):
-        return model.features(model.prepare(images)[0])
-
-    features = predict_dataset(look, samples, args, device)
+    features = predict_dataset(lambda images: model.features(model.prepare(images)[0]), samples, args, device)
     return CachedFeatures(features.cpu(), torch.tensor(dataset.labels))
 
 
@@ -508,8 +513,9 @@ def keep_best(run, value, content):
     """Write content() to best.pt if the test result is the best so far (MAE's code)."""
     if value >= run.state["best"]:
         run.state["best"] = value
+        saved = {**content(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
         if run.folder:
-            run.folder.write("best.pt", lambda file: torch.save(content(), file))
+            run.folder.write("best.pt", lambda file: torch.save(saved, file))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -619,13 +625,12 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
     """Train and test on one set -> as `run_task`. opened: what `open_encoder` returned."""
     # Build the classifier. A run that goes on caches the features of its own encoder, whatever lies at
     # --encoder now.
-    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     torch.manual_seed(args.seed)
     model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
     checkpoint = Path(args.out, "checkpoint.pt")
     if checkpoint.exists():
-        with contextlib.suppress(RuntimeError):  # weights that do not fit: `resume` will say why
-            model.load_state_dict(load_checkpoint(checkpoint, args)["model"])
+        with contextlib.suppress(RuntimeError, ValueError):  # `resume` will say why it does not fit
+            load_strictly(model, load_checkpoint(checkpoint, args)["model"])
 
     # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
     prepare = model.prepare
@@ -658,7 +663,6 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         schedule=lr_at,
         prepare=prepare,
         export=dict,
-        folder=folder,
     )
     header = (
         f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} "
@@ -719,35 +723,58 @@ def transfer(args, argv, device):
 # ------------------------------------------------------------------------------------------------------------
 # --evaluate, --predict
 # ------------------------------------------------------------------------------------------------------------
-def load_finished(path, device, build):
+def load_finished(path, args, device, build):
     """A run folder or its best.pt -> (model in eval mode, the whole file). build(encoder, saved, args) makes
-    the model of the file's encoder, content and flags."""
+    the model of the file's encoder, content and flags. args: of this call, in which the flags of a model may
+    only repeat what the run has."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     saved = load_file(file)
     try:
+        check_statistics(saved["info"])
         model = build(ViT(**saved["config"]), saved, argparse.Namespace(**saved["args"]))
-        model.load_state_dict(saved["model"])
+        load_strictly(model, saved["model"])
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
         raise UserError(f"{file}: not a best.pt of this program ({one_line(error)})") from None
+
+    # Refuse what the run does otherwise.
+    own = {**saved["config"], **saved["info"]}
+    for flag in ("image_size", "patch_size", "width", "depth", "heads", "mean", "std", "feature"):
+        value = getattr(args, flag, None)
+        if flag == "image_size" and value:
+            value = [value[0], value[-1]]
+        if value not in (None, own.get(flag)):
+            flag = flag.replace("_", "-")
+            raise UserError(f"--{flag} {value}: {file} has {own.get(flag)}; leave the flag out")
+
+    # Say what it is: its own test set chose it, so its number there is too good.
+    last = "the run is not finished"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        results = json.loads((file.parent / "results.json").read_text())
+        last = f"after the last epoch it was {results[saved['metric']]:.2f}"
+    print_rank0(
+        f"{file}: epoch {saved.get('epoch', 'unknown')} of {saved['args']['epochs']}, the best of its run by "
+        f"{saved['metric']} on its own test set; {last}"
+    )
     return model.to(device).eval(), saved
 
 
 def evaluate(args, device):
     """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are
-    averaged), on --data, else on its own test set; with --predict the classes of a folder's images."""
+    averaged), on --data, else on its own test set; with --predict the classes of a folder's images, or of one
+    image."""
 
     def build(encoder, saved, run_args):
         classes, multi_label = saved["classes"], saved["metric"] == "map11"
         return Classifier(encoder, saved["info"], None, run_args, len(classes), multi_label)
 
     # Load the runs.
-    models, runs = zip(*[load_finished(path, device, build) for path in args.evaluate])
+    models, runs = zip(*[load_finished(path, args, device, build) for path in args.evaluate])
     own, metric = runs[0]["args"], runs[0]["metric"]
 
     # Open the images. Without --data they are those of the first run, and lie where they lay then.
     name = args.data[0] if args.data else own["data"]
     if args.predict:
-        files = open_folder(args.predict)
+        files = ImageFiles([args.predict]) if os.path.isfile(args.predict) else open_folder(args.predict)
         dataset = LabeledDataset([(files, [-1] * len(files))], runs[0]["classes"])
     else:
         root = args.data_root if args.data else own["data_root"]
@@ -766,15 +793,18 @@ def evaluate(args, device):
     if dist.get_rank() > 0:
         return 0
 
-    # Write the numbers, or the classes: of many labels an image the best, and what is likelier than not.
+    # Write the numbers, or the classes: of many labels an image the best, and what is likelier than not. A
+    # file that cannot be read has none.
     folder = RunFolder(args.out or "runs/evaluate")
     if not args.predict:
         write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", report(folder, p, dataset, metric))
         return 0
+    read = ~p[:, :1].isnan()  # (N, 1)
     shown = F.one_hot(p.argmax(dim=1), len(dataset.classes)).bool() | ((p >= 0.5) & (metric == "map11"))
+    shown &= read
     rows = [[files.paths[i], dataset.classes[c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist()]
     write_csv(folder, "predictions.csv", [["file", "class", "probability"], *rows])
-    print_rank0(f"{folder.path / 'predictions.csv'}: {len(files)} images")
+    print_rank0(f"{folder.path / 'predictions.csv'}: {read.sum()} images; {(~read).sum()} broken, left out")
     return 0
 
 
@@ -785,8 +815,8 @@ SMALL = 0.4  # ours: an object that covers less of its image than this; a larger
 
 
 class BoxedImages(TrainDataset):
-    """(epoch, i) -> (image, mask bool (height, width) of its box, broken names). A broken image has an empty
-    box, which leaves it out of every mean."""
+    """(epoch, i) -> (image and, as a fourth channel, which pixels lie in its box (255, else 0), -1, broken
+    names). A broken image has an empty box, which leaves it out of every mean."""
 
     def __init__(self, dataset, boxes, image_size):
         super().__init__(dataset, center_crop(image_size))
@@ -797,16 +827,15 @@ class BoxedImages(TrainDataset):
         _, i = index
         try:
             image, _ = self.dataset[i]
-        except Exception:  # bad files make PIL and torchvision raise all kinds
+        except Exception as error:  # bad files make PIL and torchvision raise all kinds
             empty = torch.zeros(4, *self.image_size, dtype=torch.uint8)
-            return empty[:3], empty[3] > 0, [self.dataset.name(i)]
+            return empty, -1, [broken_name(self.dataset, i, error)]
 
-        # Draw the box as a fourth channel, so that it is resized and cropped as the image is.
+        # Draw the box, then resize and crop it together with the image.
         mask = torch.zeros_like(image[:1])
         for x0, y0, x1, y1 in self.boxes[i]:
             mask[:, y0 : y1 + 1, x0 : x1 + 1] = 255
-        both = self.transform(torch.cat([image, mask]))  # (4, height, width)
-        return both[:3], both[3] > 127, []
+        return self.transform(torch.cat([image, mask])), -1, []  # uint8 (4, height, width)
 
 
 def read_boxes(path, dataset, folder):
@@ -844,9 +873,9 @@ def patch_attention(encoder, images):
     return attention / attention.sum(dim=2, keepdim=True)
 
 
-def patch_areas(masks, grid):
-    """masks (B, height, width) -> how much of each patch they cover, (B, L)."""
-    return F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)
+def patch_areas(boxed, grid):
+    """Samples of `BoxedImages` (B, 4, height, width) -> how much of each patch the box covers, (B, L)."""
+    return F.adaptive_avg_pool2d((boxed[:, 3] > 127).float(), grid).flatten(1)
 
 
 def object_shares(attention, areas):
@@ -868,16 +897,24 @@ def average_shares(shares):
     area, numbers = shares[:, 0], {}
     for name, chosen in (("all", area > 0), ("small", (area > 0) & (area < SMALL))):
         means = zip(("area", "cls", "patches"), shares[chosen].nanmean(dim=0).tolist())
-        known = {key: mean for key, mean in means if not math.isnan(mean)}
+        known = {key: round(mean, 4) for key, mean in means if not math.isnan(mean)}
         numbers[name] = {"images": int(chosen.sum()), **known}
     return numbers
+
+
+def object_panels(encoder, attention, areas, images):
+    """Where CLS looks (Fig. 5), if there is one, and where the patches that lie wholly in the box look on
+    average: {title: (B, 3, height, width)}. attention, areas: see `object_shares`."""
+    prefix, inside = encoder.num_prefix_tokens, (areas == 1).float()  # (B, L)
+    maps = {"CLS": attention[:, 0]} if prefix else {}
+    maps["patches in box"] = torch.einsum("bq,bqk->bk", inside, attention[:, prefix:])
+    return {title: heat_map(values.unflatten(1, encoder.grid), images) for title, values in maps.items()}
 
 
 def measure_objects(args, device):
     """--objects: the same held-out images for every encoder, at the encoder's own image size; nothing is
     trained -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png
-    shows, on eight images with a small object, where CLS looks (Fig. 5) and where the patches in the box look
-    on average."""
+    shows what `object_panels` draws, on eight images with a small object."""
     # Open the encoders, the images and their boxes.
     opened = {}
     for path in args.encoder:
@@ -892,36 +929,28 @@ def measure_objects(args, device):
     results, panels = {}, {}
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     for number, (path, (encoder, info, _)) in enumerate(opened.items(), start=1):
-        # Measure.
         encoder.to(device).eval()
 
-        def attend(images):
-            return patch_attention(encoder, normalize(images, info["mean"], info["std"]))
+        def look(boxed):
+            images = normalize(boxed[:, :3], info["mean"], info["std"])
+            return patch_attention(encoder, images), patch_areas(boxed, encoder.grid)
 
-        def measure(images, masks):
-            return object_shares(attend(images), patch_areas(masks, encoder.grid))
-
+        # Measure.
         samples = BoxedImages(dataset, boxes, encoder.config["image_size"])
-        shares = predict_dataset(measure, samples, args, device).cpu()  # (images, 3)
+        shares = predict_dataset(lambda boxed: object_shares(*look(boxed)), samples, args, device).cpu()
         results[path] = average_shares(shares)
-        for name, numbers in results[path].items():
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            print_rank0(f"{path}: {name} objects: {shown}")
+        print_rank0(f"{path}: {results[path]}")
 
         # Draw, beside the image with all but the box darkened.
         small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
-        ids = torch.cat([order[small], order[~small]])[:8]
-        images, masks, _ = collate([samples[0, i] for i in ids.tolist()])
-        panels.setdefault("image, box", images / 255 * (0.3 + 0.7 * masks.unsqueeze(1)))
+        ids = torch.cat([order[small], order[~small]])[:8].tolist()
+        boxed, _, _ = collate([samples[0, i] for i in ids])  # (b, 4, height, width)
+        panels.setdefault("image, box", boxed[:, :3] / 255 * (0.3 + 0.7 * (boxed[:, 3:] > 127)))
         with torch.no_grad():
-            attention = attend(images.to(device)).cpu()  # (b, N, L)
-        prefix, inside = encoder.num_prefix_tokens, (patch_areas(masks, encoder.grid) == 1).float()  # (b, L)
-        maps = {"CLS": attention[:, 0]} if prefix else {}
-        maps["patches in box"] = torch.einsum("bq,bqk->bk", inside, attention[:, prefix:])
-        short = Path(path).parent.name if Path(path).name == "encoder.pt" else Path(path).stem
-        for title, values in maps.items():
-            heat = heat_map(values.unflatten(1, encoder.grid), panels["image, box"])
-            panels[f"{number} {short[:18]}\n{title}"] = heat
+            attention, areas = look(boxed.to(device))
+        name = Path(path).parent.name if Path(path).name == "encoder.pt" else Path(path).stem
+        for title, maps in object_panels(encoder, attention.cpu(), areas.cpu(), panels["image, box"]).items():
+            panels[f"{number} {name[:18]}\n{title}"] = maps
 
     # Write.
     if dist.get_rank() == 0:
@@ -937,12 +966,13 @@ def measure_objects(args, device):
 # ============================================================================================================
 # What differs between protocols. Batches are ours, for a laptop, and fine-tuning's epochs; the papers' are in
 # docs.
-PROBE = dict(epochs=90, batch_size=256, warmup_epochs=10, weight_decay=0.0)  # MAE's code, and CAE's
+PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # MAE's code, and CAE's
 DEFAULTS = {
-    "finetune": dict(epochs=10, batch_size=64, warmup_epochs=1, weight_decay=0.05),  # MAE's code
+    "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05),  # MAE's code
     "linear": PROBE,
     "attentive": PROBE,
 }
+WARMUP = {"finetune": 1, "linear": 10, "attentive": 10}  # see train.resolve_warmup
 
 
 def add_encoder_args(parser, nargs=None):
@@ -955,7 +985,11 @@ def add_encoder_args(parser, nargs=None):
         help="an encoder.pt, a published file, or none: random weights",
     )
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
-    add("--predict", metavar="FOLDER", help="with --evaluate: what is found in the images of this folder")
+    add(
+        "--predict",
+        metavar="FOLDER",
+        help="with --evaluate: what is found in the images of this folder (finetune.py: or in this image)",
+    )
     add(
         "--mean",
         type=unit_float,
@@ -1026,10 +1060,11 @@ def parse_args(argv=None):
 
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
+    resolve_warmup(args, WARMUP[protocol])
     args.data = args.data or ([] if args.evaluate else ["shapes"])
     args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
-    if args.objects and (len(args.data) > 1 or not Path(args.data[0]).is_dir()):
+    if args.objects and (len(args.data) > 1 or args.data[0] in (*NAMES, *SETS)):
         parser.error(f"--objects: takes one folder, not --data {' '.join(args.data)}")
     if not args.objects and len(args.encoder) > 1:
         parser.error(f"--encoder {' '.join(args.encoder)}: one encoder a run, unless --objects compares them")
@@ -1079,10 +1114,12 @@ def add_finetune_args(add):
 
 def check_encoder_args(parser, args):
     """One clear line for flags that do not go together."""
-    if args.predict and not args.evaluate:
-        parser.error(f"--predict {args.predict}: goes with --evaluate RUN")
+    if args.predict == "" or args.predict and not args.evaluate:
+        parser.error(f"--predict {args.predict}: goes with --evaluate RUN, and names images")
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std: give both")
+    if args.evaluate and args.image_size == parser.get_default("image_size"):
+        args.image_size = None  # the run's own
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
 
@@ -1099,8 +1136,6 @@ LAYOUTS = (
     Layout("MCMAE", "blocks3.0.norm1.weight", from_official_mcmae, "mean", HEADS),
     Layout("MAE, DINO or timm", "pos_embed", dict, "cls", HEADS),
 )
-# Where the weights lie in a file, if the file is not the weights. DINO's have a student too.
-WRAPPERS = ("teacher", "model", "module", "state_dict")
 # What is no part of an encoder, by the names of the layouts.
 LEFT_ASIDE = (
     "head",
@@ -1118,16 +1153,15 @@ LEFT_ASIDE = (
 
 
 def read_published(state, path, heads):
-    """A published file's content -> (weights by our names, shape of the ViT, feature that its authors probe,
-    whether its last LayerNorm was one for mean features)."""
+    """A published file's content -> (weights by our names, shape of the ViT, its method and the feature that
+    its authors probe, whether its last LayerNorm was one for mean features)."""
     if "args" in state and state.keys() & {"step", "classes"}:
         raise UserError(
             f"{path}: a checkpoint of this project, not an encoder; give the encoder.pt of the run"
         )
     try:
         # Find the weights in the file, and the layout.
-        inside = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
-        found = strip_prefixes({name: value for name, value in inside.items() if torch.is_tensor(value)})
+        found = strip_prefixes(find_weights(state, path))
         layout = next(layout for layout in LAYOUTS if layout.sign in found)
 
         # Let the LayerNorm of mean features stand for the last one, and leave aside what is no encoder.
@@ -1161,7 +1195,11 @@ def read_published(state, path, heads):
         print_rank0(
             f"{path}: fine-tuned with mean pooling; its fc_norm stands for norm, and fills a new LayerNorm"
         )
-    return weights, shape, "mean" if mean_pooled else layout.feature, mean_pooled
+    known = {
+        "method": "cae" if layout.name == "CAE" else Path(path).stem,
+        "feature": "mean" if mean_pooled else layout.feature,
+    }
+    return weights, shape, known, mean_pooled
 
 
 def open_encoder(args):
@@ -1187,8 +1225,8 @@ def open_encoder(args):
             encoder, info = unpack_encoder(state, path)
             weights, shape = state["state_dict"], encoder.config
         else:
-            weights, shape, feature, mean_pooled = read_published(state, path, args.heads)
-            info |= {"method": Path(path).stem, "feature": feature}
+            weights, shape, known, mean_pooled = read_published(state, path, args.heads)
+            info |= known
         encoder = load_at_size(weights, shape, given, path)
     if args.mean:
         info |= {"mean": args.mean, "std": args.std}
@@ -1207,8 +1245,8 @@ def load_at_size(weights, shape, given, path):
     grid = [side // shape["patch_size"] for side in shape["image_size"]]
     try:
         positions = resize_positions(weights["pos_embed"], grid, encoder.grid)
-        encoder.load_state_dict({**weights, "pos_embed": positions})
-    except (RuntimeError, KeyError) as error:
+        load_strictly(encoder, {**weights, "pos_embed": positions})
+    except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: does not fit a ViT: {one_line(error, 250)}") from None
     return encoder
 

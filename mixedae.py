@@ -16,11 +16,12 @@ n images (Fig. 2):
               '-- against the clean patches --> reconstruction loss, Eq. 4
     loss = Eq. 4 + lambda Eq. 7, which is Eq. 8
 
-In compose mode each group gives one mixed image, so G = B r. In full mode (Sec. 3.2, Fig. 4) each group
-enters n times, every time with a mask of its own, so G = B. All that follows is the same.
+G counts mixed images. There are B r groups. In compose mode each gives one mixed image, so G = B r. In full
+mode (Sec. 3.2, Fig. 4) each gives n of them, every one with its own M, so G = B, and `groups` holds each
+group n times. The rest is the same code.
 
     the paper            here
-    x_i^j                groups[j, i]: image i of group j. The functions below treat all groups at once.
+    x_i^j                groups[j, i]: image i of mixed image j. The functions below treat all j at once.
     r, n                 args.mixing_ratio, self.n = 1/r
     M                    sources: which image gives each patch, 0 .. n-1 (the paper counts 1 .. 1/r)
     1(M = i)             indicator(sources, n)[:, i]
@@ -30,6 +31,11 @@ enters n times, every time with a mask of its own, so G = B. All that follows is
     [MASK]               decoder.mask_token
     K                    args.topk times L
     tau, lambda          self.tau, self.homocon_weight
+    P (patch size)       p, encoder.patch_size
+    P^2 C                P, the values of a patch
+    D_h                  D_h, in vit.py
+
+The other letters, such as Dd, the decoder's width, stand in vit.py; E is the width of the projector's output.
 
 Run it:             python train.py --method mixedae
 See the shapes:     python mixedae.py                    (or: python mixedae.py --mixing-mode full)
@@ -38,10 +44,14 @@ Naive mixing:       add --topk 1 --homocon-weight 0 --no-segment-embedding      
 The log shows `recon` (Eq. 4), `homocon` (Eq. 7) beside the floor that it approaches and cannot pass, and
 `accuracy`, the sampling accuracy of Fig. 6, which is r by chance.
 
-A new mask replaces `draw_sources`. A new loss is one more paragraph of `MixedAE.forward`. Eq. 6 is
-`Attention.explicit` with `keep_topk` in vit.py. Eq. 5 is a statement about data, not about the network, so it
-is a test: test_eq_5_... in tests/test_mixedae.py (equal for independent images, strict for dependent ones; M
-must be known). What the paper leaves open is listed at the end of this file.
+A new mask is another way to fill `sources` in `MixedAE.predict`, where `draw_sources` is called. Every image
+must still give r L patches, because Eq. 7 and its floor count on it. docs/your-own.md has an example. A new
+loss is one more paragraph of `MixedAE.forward`. Eq. 6 is `Attention.explicit` with `keep_topk` in vit.py.
+
+Eq. 5 is a statement about data, not about the network, so it is a test: test_eq_5_... in
+tests/test_mixedae.py. Both sides are equal for independent images; the test has a pair of dependent images
+for which the left side is greater. The paper does not say so, but the poster's proof needs M to be known on
+both sides. What the paper leaves open is listed at the end of this file.
 """
 
 import argparse
@@ -100,15 +110,15 @@ def mix(x, sources):
     return (own.unsqueeze(-1) * x).sum(dim=1)  # (G, L, P)
 
 
-def unmix(z, sources, n, mask_token):
+def unmix(embedded, sources, n, mask_token):
     """Eq. 3: z_i = 1(M = i) z_hat + [1 - 1(M = i)] [MASK].
 
-    z_hat (G, 1 + L, Dd) after decoder.embed, CLS first; sources M (G, L); mask_token (1, 1, Dd)
-    -> (G n, 1 + L, Dd): the n images of a group one after the other, each with a copy of CLS.
+    embedded (G, 1 + L, Dd) is z_hat after decoder.embed, CLS first; sources M (G, L); mask_token (1, 1, Dd)
+    -> (G n, 1 + L, Dd): the n images of a mixed image one after the other, each with a copy of CLS.
     """
     own = F.pad(indicator(sources, n), (1, 0), value=True)  # CLS goes to every image, (G, n, 1 + L)
-    mask_token = mask_token.to(z.dtype).unsqueeze(1)  # (1, 1, 1, Dd)
-    unmixed = torch.where(own.unsqueeze(-1), z.unsqueeze(1), mask_token)  # (G, n, 1 + L, Dd)
+    mask_token = mask_token.to(embedded.dtype).unsqueeze(1)  # (1, 1, 1, Dd)
+    unmixed = torch.where(own.unsqueeze(-1), embedded.unsqueeze(1), mask_token)  # (G, n, 1 + L, Dd)
     return unmixed.flatten(0, 1)
 
 
@@ -132,46 +142,50 @@ def homologous_pairs(sources):
     return sources.unsqueeze(1) == sources.unsqueeze(2)
 
 
-def homologous_contrastive_loss(z, sources, tau, positives="separate"):
+def homologous_contrastive_loss(projected, sources, tau, positives="separate"):
     """Eq. 7: L_HomoCon = - sum_l sum_l+ log( exp(cos(z_l, z_l+) / tau)
                                        / sum_{l' != l} exp(cos(z_l, z_l') / tau) ), as a mean.
 
-    z (G, L, E) in fp32, patches after the projector; sources (G, L) -> (), the mean over l+, l and the mixed
-    images. l' runs over the L - 1 other patches of the mixed image. positives (Table 3c): with "separate", l+
-    runs over the r L - 1 other patches of l's image; with "mean" there is one positive, the average of z over
-    the r L patches of that image, l among them.
+    projected (G, L, E): the features z_l of the patches after the projector, in fp32; sources (G, L) -> (),
+    the mean over l+, l and the mixed images. l' runs over the L - 1 other patches of the mixed image.
+    positives (Table 3c): with "separate", l+ runs over the r L - 1 other patches of l's image; with "mean"
+    there is one positive, the average of z_l over the r L patches of that image, l among them.
 
-    With "separate" it cannot fall below log(r L - 1): the r L - 1 positives of a patch all stand in its
-    denominator, so their shares sum to at most 1, and the mean of -log of them is at least log(r L - 1).
+    The paper prints l' for the positives as well as in the denominator. Its poster writes l+ for the
+    positives, and so do we.
+
+    With "separate" it cannot fall below log(r L - 1). The r L - 1 positives of a patch all stand in its
+    denominator, so their shares (the fractions inside the log) sum to at most 1 and average at most
+    1 / (r L - 1). As -log is convex, the average of -log of the shares is at least -log of their average.
     """
-    # Compare each patch l with each patch l'.
-    cos = F.normalize(z, dim=-1) @ F.normalize(z, dim=-1).transpose(1, 2)  # cos(z_l, z_l'), (G, L, L)
+    # Compare each patch l with each patch l': cos(z_l, z_l').
+    cos = F.normalize(projected, dim=-1) @ F.normalize(projected, dim=-1).transpose(1, 2)  # (G, L, L)
 
     # Sum the denominator over all patches but l itself.
-    itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)  # (L, L)
+    itself = torch.eye(projected.shape[1], dtype=torch.bool, device=projected.device)  # (L, L)
     others = (cos / tau).masked_fill(itself, float("-inf"))  # exp(-inf) = 0, (G, L, L)
     log_denominator = others.logsumexp(dim=-1, keepdim=True)  # (G, L, 1)
 
-    # Take the average of an image as its only positive (Table 3c, second row), or ...
-    homologous = homologous_pairs(sources)
-    if positives == "mean":
-        centre = homologous.float() @ z / homologous.sum(dim=-1, keepdim=True)  # (G, L, E)
-        score = F.cosine_similarity(z, centre, dim=-1).unsqueeze(-1) / tau  # (G, L, 1)
-        return (log_denominator - score).mean()
+    # By default each homologous patch is a positive by itself. Every patch has r L - 1 of them, so one mean
+    # over all pairs equals the mean over l+ and then over l.
+    homologous = homologous_pairs(sources)  # (G, L, L)
+    if positives == "separate":
+        positive = homologous & ~itself  # (G, L, L)
+        loss = log_denominator - cos / tau  # -log(exp(cos / tau) / denominator), (G, L, L)
+        return (loss * positive).sum() / positive.sum()
 
-    # ... each homologous patch by itself. Every patch has r L - 1 of them, so that one mean over all pairs is
-    # the mean over l+ and then over l.
-    positive = homologous & ~itself  # (G, L, L)
-    loss = log_denominator - cos / tau  # -log(exp(cos / tau) / denominator), (G, L, L)
-    return (loss * positive).sum() / positive.sum()
+    # Table 3c, second row: the only positive is the average of the image's patches.
+    centre = homologous.float() @ projected / homologous.sum(dim=-1, keepdim=True)  # (G, L, E)
+    score = F.cosine_similarity(projected, centre, dim=-1).unsqueeze(-1) / tau  # (G, L, 1)
+    return (log_denominator - score).mean()
 
 
 def sampling_accuracy(attention, keep, sources, k):
     """Fig. 6: of the key patches that TopK keeps for a query patch, the share from its own image -> ().
 
-    Chance is r, and the most that can be reached is r L / K where K > r L. attention (G, H, 1 + L, 1 + L),
-    probabilities; keep: what TopK kept, bool of the same shape, or None in a global layer, where the k key
-    patches of the highest probability stand for it; sources (G, L).
+    A random choice of keys scores r. With K > r L not all kept keys can be right, and the best score is
+    r L / K. attention (G, H, 1 + L, 1 + L): probabilities. keep: the keys that TopK kept, bool of that shape;
+    None in a global layer, for which the k key patches of the highest probability are scored. sources (G, L).
     """
     if keep is None:
         attention = attention[..., 1:, 1:]  # (G, H, L, L)
@@ -198,18 +212,20 @@ class MixedAE(nn.Module):
         self.mean = args.mean
         self.std = args.std
 
-        # Use homologous attention in all layers but the first ones (Sec. 3.2, Table 3e). K = L keeps every
-        # key, which is global attention (Table 3d).
+        # Use homologous attention in all layers but the first ones (Sec. 3.2, Table 3e). With K = L nothing
+        # is dropped (Table 3d), so such a layer is made a global one; with --cls-in-topk as well.
         k = keys_per_query(args, num_patches)  # K of Eq. 6
         layer_k = k if k < num_patches else None
         topk = [None] * args.global_layers + [layer_k] * (args.depth - args.global_layers)
         self.encoder = build_encoder(args, topk=topk, cls_in_topk=args.cls_in_topk)
 
-        # Choose how many of the top keys the sampling accuracy scores in layers without TopK: K as well. With
-        # K = L it would always equal chance, so there it is the number of true matches, r L.
+        # The sampling accuracy (Fig. 6) asks which keys TopK kept. A global layer keeps all, so there we look
+        # at its K strongest keys instead. With K = L these would be all keys, and the accuracy always r; then
+        # we look at the r L strongest, as many as there are patches of the same image.
         self.scored_keys = layer_k or num_patches // self.n
 
-        # Give each image of a group a learned vector (Sec. 3.2, Fig. 3b). The std is ours, that of CLS.
+        # Give each image of a group a learned vector (Sec. 3.2, Fig. 3b). The paper gives no std; we take
+        # .02, that of the CLS token.
         self.segments = None
         if args.segment_embedding:
             self.segments = nn.Parameter(torch.empty(self.n, args.width).normal_(std=0.02))
@@ -228,13 +244,14 @@ class MixedAE(nn.Module):
             self.projector = nn.Linear(args.width, PROJECTOR_WIDTH)
             self.projector.apply(init_weights)
         if not self.recon_weight and self.homocon_position == "pre-ln":
-            self.encoder.norm.requires_grad_(False)  # there is no decoder, and Eq. 7 reads what comes before
+            # Without a decoder, and with Eq. 7 before this norm, nothing trains it.
+            self.encoder.norm.requires_grad_(False)
 
     def predict(self, images, mask=None):
-        """Every tensor of Fig. 2.
+        """The tensors of Fig. 2.
 
         images (B, C, height, width), normalised. mask: M as source ids in 0 .. n-1, (G, L), in full mode
-        (B r, n, L); None draws it.
+        (B r, n, L), where each image gives r L patches; None draws it.
         Returns mixed (G, L, P), sources (like `mask`), z (G, 1 + L, D) after the final LayerNorm and z_pre_ln
         before it, and unless --recon-weight is 0 unmixed (G n, 1 + L, Dd), pred and target (G n, L, P). The
         rows of the last three are ordered by group, mask, image.
@@ -249,22 +266,23 @@ class MixedAE(nn.Module):
         x = patchify(images, self.encoder.patch_size)  # (B, L, P)
         groups = repeat(x, "(g n) l p -> (g m) n l p", n=n, m=self.masks_per_group)  # (G, n, L, P)
 
-        # Draw M, or take the one that is given. A mask of your own belongs into `draw_sources`.
+        # Draw M, or take the one that is given. Draw a mask of your own here, in place of `draw_sources`.
         if mask is None:
             sources = draw_sources(len(groups), n, x.shape[1], x.device)  # (G, L)
         else:
+            self.check_mask(mask, len(images) // n)
             sources = mask.flatten(0, -2)  # (G, L)
 
         # Mix (Eq. 1). The patch embedding is a convolution, so it gets the mixed patches as an image.
         mixed = mix(groups, sources)  # (G, L, P)
-        mixed_images = unpatchify(mixed, self.encoder.grid, self.encoder.patch_size)
+        mixed_images = unpatchify(mixed, self.encoder.grid, self.encoder.patch_size)  # (G, C, h p, w p)
 
         # Embed, and mark the patches of each image with its segment embedding (Sec. 3.2).
         tokens = self.encoder.embed(mixed_images)  # (G, L, D)
         if self.segments is not None:
             tokens = tokens + F.embedding(sources, self.segments)  # (G, L, D)
 
-        # Encode. Homologous attention (Eq. 6) is at work in the blocks.
+        # Encode. All blocks but the first ones use homologous attention (Eq. 6).
         z_pre_ln, _ = self.encoder.forward_blocks(tokens)  # (G, 1 + L, D)
         z = self.encoder.norm(z_pre_ln)  # (G, 1 + L, D)
         out = {"mixed": mixed, "sources": sources, "z": z, "z_pre_ln": z_pre_ln}
@@ -281,10 +299,10 @@ class MixedAE(nn.Module):
         return out
 
     def forward(self, images, mask=None):
-        """Eq. 8: L_MixedAE = L_recon + lambda L_HomoCon.
+        """Eq. 8: L_MixedAE = L_recon + lambda L_HomoCon. L_recon has a weight too, 1 by default (ours).
 
         images and mask as in `predict` -> loss (), {"recon": (), "homocon": (), "homocon_floor": ()}. A loss
-        without weight is left out.
+        whose weight is 0 is neither computed nor logged.
         """
         out = self.predict(images, mask)
         sources = out["sources"].flatten(0, -2)  # (G, L), in full mode too
@@ -307,8 +325,8 @@ class MixedAE(nn.Module):
             loss = loss + self.homocon_weight * homocon
             metrics["homocon"] = homocon.detach()
 
-            # Log its floor beside it, because a loss that has reached it looks stuck. The mean positive has
-            # none.
+            # Log its lower bound beside it, because a loss that has come close to it looks stuck. The bound
+            # holds for separate positives only.
             if self.homocon_positives == "separate":
                 floor = math.log(sources.shape[1] // self.n - 1)  # log(r L - 1)
                 metrics["homocon_floor"] = homocon.new_full((), floor)
@@ -351,6 +369,7 @@ class MixedAE(nn.Module):
 
         # Fill the patches that the mixed image lacks with their predictions.
         if self.recon_weight:
+            # (b r, m, n, L, P), with m masks a group
             pred = out["pred"].float().unflatten(0, (-1, self.masks_per_group, n))
             pred = pred[:, 0].flatten(0, 1)  # (b, L, P)
             title = "reconstruction"
@@ -368,7 +387,11 @@ class MixedAE(nn.Module):
         layers = [block.attn for block in self.encoder.blocks]
         for layer in layers:
             layer.record = True
-        out = self.predict(images)
+        try:
+            out = self.predict(images)
+        finally:
+            for layer in layers:
+                layer.record = False
 
         # Compare what they kept with M.
         sources = out["sources"].flatten(0, -2)  # (G, L)
@@ -376,9 +399,19 @@ class MixedAE(nn.Module):
         for layer in layers:
             keep, attention = layer.recorded
             accuracies.append(sampling_accuracy(attention, keep, sources, self.scored_keys).item())
-            layer.record = False
             layer.recorded = None
         return {"accuracy": accuracies[-1], "accuracy_layers": accuracies}
+
+    def check_mask(self, mask, groups):
+        """Refuse an M of wrong shape, or one in which an image does not give exactly r L patches (Eq. 2)."""
+        n = self.n
+        L = self.encoder.num_patches
+        shape = (groups, n, L) if self.masks_per_group > 1 else (groups, L)
+        if mask.shape != shape or (indicator(mask.flatten(0, -2), n).sum(dim=-1) != L // n).any():
+            raise ValueError(
+                f"mask must have shape {shape} and give each of the images 0 to {n - 1} exactly "
+                f"r L = {L // n} patches"
+            )
 
     def whole_groups(self, images):
         """The images up to the last whole group. Less than one group stays, for `predict` to refuse."""
@@ -387,8 +420,9 @@ class MixedAE(nn.Module):
     def export(self):
         """What encoder.pt holds: a plain ViT with global attention.
 
-        A clean image is one segment (Sec. 3.2), so segment 0 is folded into the bias of the patch embedding,
-        which reaches every patch token and not CLS, as the segment does in training.
+        The paper does not say what happens to the segments after pre-training. As BERT gives a single
+        sentence segment A, we give a clean image segment 0: it is added to the bias of the patch embedding,
+        which reaches every patch token and not CLS, as the segment (Sec. 3.2) does in training.
         """
         weights = dict(self.encoder.state_dict())
         if self.segments is not None:
@@ -517,21 +551,31 @@ def check_args(args):
 # - Groups are n consecutive images of one process's micro-batch. The n masks of full mode are independent, as
 #   Sec. 3.2 says: a patch of an image may be seen under two of them, or under none.
 # - Eq. 6 speaks of query *patches* and key *patches*, so these take part in TopK, and K = 0.25 L counts
-#   patches. The CLS key is always kept and not counted, and the CLS query sees all keys, so CLS remains a
-# path between the images of a group. `--cls-in-topk` treats CLS as one more patch: every query keeps K of
-# all 1 + L keys. The decoder's attention stays global, because each of its sequences holds one image.
+#   patches. The CLS key is always kept and not counted, and the CLS query sees all keys. So CLS is a path
+#   between the images of a group, and TopK does not close it. `--cls-in-topk` is the other reading, of "all
+#   the self-attention operations": CLS is one more patch, and every query keeps K of all 1 + L keys. TopK is
+#   taken in each head by itself; the paper does not say whether it is, or over all heads. The decoder's
+#   attention stays global, because each of its sequences holds one image.
 # - There is one CLS token per mixed image, without segment embedding, and unmixing copies it to each of the n
 #   sequences. [MASK] enters after the decoder's embedding, as in MAE.
-# - Segment embeddings are n learned vectors, added together with the positions. A clean image is one segment,
-#   as the single sentence is segment A in BERT. So `export` folds segment 0 into the patch bias, and what
-#   transfers is a plain ViT with global attention.
+# - Sec. 1 says that the mixing masks are targets and not inputs. The segment embeddings of Sec. 3.2 put M
+#   into the input all the same, and on our data they carry Eq. 7: without them it stays far above its floor
+#   (docs/results.md). `--no-segment-embedding` leaves them out.
+# - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
+#   because in MAE's rule everything with more than one dimension does. `export` folds segment 0 into the
+#   patch bias, so that what transfers is a plain ViT with global attention. BERT's analogy alone speaks for
+#   it: there a single sentence is segment A.
+# - The augmentation is that of Sec. 4.1, "only standard random cropping and flipping". It gives no numbers; a
+#   crop covers .2 to 1 of the image, as in MAE.
 # - Eq. 4 is averaged over the hidden patches and their values, with MAE's normalised targets ("the remaining
 #   hyperparameters are all maintained the same with MAE").
 # - Eq. 7 prints l' for two things. The authors' poster writes l+ for the first, the positives, and so do we.
-#   The loss is averaged over a patch's positives and then over patches (L_out of SupCon, the paper's [26]):
-#   with literal sums lambda = 0.1 would weigh L (r L - 1) times as much. It is computed in fp32. The "mean
-#   positive" of Table 3c is the average of the projections of an image's patches, the query's among them. Its
-#   denominator stays that of Eq. 7, so the floor log(r L - 1) does not hold for it.
+#   We average over a patch's positives and then over patches (L_out of SupCon, the paper's [26]), and Eq. 4
+#   is a mean too. The printed sums would change the balance that lambda sets: summing Eq. 7 alone multiplies
+#   it by L (r L - 1), and summing Eq. 4 as well multiplies Eq. 4 by (n - 1) L P, for each mixed image. Eq. 7
+#   is computed in fp32. The "mean positive" of Table 3c is the average of the projections of an image's
+#   patches, the query's among them. Its denominator stays that of Eq. 7, so the floor log(r L - 1) does not
+#   hold for it.
 # - Sampling accuracy: of the K largest patch scores of each query patch (itself included), the share from its
 #   own image; the mean over heads, queries and images. Where K > r L not all K can be right, and it ends at
 #   r L / K. With `--cls-in-topk` it is the share among those of the kept keys that are patches.

@@ -5,8 +5,7 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> **train*
     python train.py --method mixedae                                   # drawn images, a laptop, no network
     python train.py --method mae --data path/to/images --size base     # any folder
     torchrun --nproc_per_node=8 train.py --method mixedae ...          # the same lines, 8 processes
-    python train.py --method mixedae -h                                # the flags of a method, with their
-    defaults
+    python train.py --method mixedae -h                                # a method's flags and their defaults
 
 `train_loop` is what to read first; finetune.py and dense.py run the same one. A run lives in its folder
 (--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt, pictures/. The same command
@@ -72,8 +71,10 @@ from vit import (
     all_blocks,
     bounded,
     cls_attention,
+    find_weights,
     load_file,
     load_matching,
+    load_strictly,
     natural_float,
     natural_int,
     one_line,
@@ -82,6 +83,7 @@ from vit import (
     positive_int,
     print_rank0,
     resolve_sizes,
+    strip_prefixes,
     unit_float,
     unpack_encoder,
 )
@@ -100,7 +102,7 @@ from vit import (
 # To add one, write its file and name it here.
 METHODS = {"mae": MAE, "mrmae": MRMAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 
-LAPTOP_LR = 2e-3  # ours, for the micro model and B' = 32; the papers' rates are --blr, scaled with the batch
+LAPTOP_LR = 2e-3  # ours, for the micro model and a global batch B' of 32; the papers scale --blr with B'
 BAD_STEPS = 10  # ours: as many steps in a row that are not finite stop the run
 SAVE_SECONDS = 600  # ours: a run is saved at least this often
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that --benchmark compares with
@@ -132,7 +134,7 @@ class Run:
             step=0,  # steps done
             skipped=0,  # those of them that were not finite
             sums={},  # of the log row that is being filled
-            row_due=False,  # whether the row of this step is still to be written
+            row_due=False,  # whether step `step` needs a log row that is not written yet
             best=-math.inf,  # the best test result (finetune.py, dense.py)
         )
     )
@@ -141,15 +143,19 @@ class Run:
 def train_loop(run, dataset, test):
     """Train from step run.state["step"] to the end of the run -> exit code.
 
-    dataset: (epoch, i) -> what `collate` understands, such as a TrainDataset. test(run, epoch_ends) ->
-    numbers for a log row; all processes call it before each row. It comes after the save, so nothing in it
-    can lose what was computed. Should it fail, the next start repeats it, and it alone.
+    dataset: dataset[epoch, i] is a sample, as in data.TrainDataset. test(run, epoch_ends) returns numbers for
+    the log row; all processes call it before each row. Where the step is saved, as at each epoch's end, the
+    test runs after the save. An error in it then loses no training: the next start repeats the test and goes
+    on.
     """
     args, batches, state = run.args, run.batches, run.state
     last_step = min(batches.steps, args.max_steps or batches.steps)
-    stop, failure, broken = [], None, BrokenImages()
+
+    # What this process knows by itself: the signals it got, the error of its loader, its broken images.
+    signals, loader_error, broken = [], None, BrokenImages()
+    # What all processes agree on: to leave, that a loader failed, that the last save was good.
     stopping, failed, good = False, False, True
-    bad_in_row, saved_at = 0, time.perf_counter()
+    bad_in_row, saved_at = 0, time.perf_counter()  # steps not finite in a row, time of the last save
     something_to_do = state["row_due"] or state["step"] < last_step
 
     # Write the log row that a stop left unwritten after the last save.
@@ -158,20 +164,22 @@ def train_loop(run, dataset, test):
 
     quiet = run.folder is None
     bar = tqdm(total=last_step, initial=state["step"], unit="step", disable=quiet, mininterval=1)
-    with bar, stop_signals(stop):
+    with bar, stop_signals(signals):
         stream = load_batches(dataset, batches, args.workers, run.device.type == "cuda")
 
         while state["step"] < last_step:
-            # Fetch the micro-batches. If the loader fails, take part in this step with those of the last one,
-            # so that no other process waits in vain; nobody will apply it.
+            # Fetch the micro-batches; `broken.count` counts broken images and returns (images, labels). If
+            # the loader fails, run this step on the micro-batches of the step before: the other processes
+            # wait for our gradients. All then learn of the failure from the votes below, and nobody updates
+            # its weights.
             started = time.perf_counter()
             try:
                 fetched = [broken.count(*next(stream)) for _ in range(args.accumulate)]
                 micro_batches = to_device(fetched, run.device)
             except Exception as error:
-                if state["step"] == batches.start:  # there was no last one
+                if state["step"] == batches.start:  # there is no step before
                     raise
-                failure = error
+                loader_error = error
             waited = time.perf_counter() - started
 
             # Set the learning rate; fine-tuning scales it layer by layer.
@@ -184,15 +192,17 @@ def train_loop(run, dataset, test):
             # happen travels with them, because all must decide alike.
             values = forward_backward(run, micro_batches, state["step"])
             save_is_late = run.folder is not None and time.perf_counter() - saved_at > SAVE_SECONDS
-            want_stop = bool(stop) or broken.too_many
-            votes = {"failed": failure is not None, "stop": want_stop, "save": save_is_late}
+            want_stop = bool(signals) or broken.too_many
+            votes = {"failed": loader_error is not None, "stop": want_stop, "save": save_is_late}
             values = mean_over_processes({**values, **votes}, run.device)
             failed, stopping, save_now = (values.pop(name) > 0 for name in votes)
             if failed:
                 break
 
-            # Update the weights, unless the loss or a gradient is not finite. fp16's scaler skips such a step
-            # by itself and lowers its scale; as long as it searches for one, that counts for nothing.
+            # Update the weights, unless the loss or a gradient is not finite. Under fp16 the scaler skips
+            # such a step by itself and halves its loss scale. While that scale is at least 1 the scaler is
+            # still searching for one that fits, and an overflow is normal: the step counts as skipped, but
+            # not as one of the BAD_STEPS in a row that end the run.
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if finite or run.scaler.is_enabled():
                 run.scaler.step(run.optimizer)
@@ -219,7 +229,8 @@ def train_loop(run, dataset, test):
             state["row_due"] = epoch_ends or state["step"] % args.log_every == 0
             bar.update()
 
-            # Save if it is time to. Nothing that follows can lose the steps done.
+            # Save if it is time to. `save` first tries the new weights on a micro-batch and writes nothing if
+            # the loss is not finite. Once it has written, nothing that follows can lose the steps done.
             at_interval = args.save_every and state["step"] % args.save_every == 0
             if save_now or at_interval or epoch_ends or stopping or state["step"] == last_step:
                 good = save(run, micro_batches[0])
@@ -235,7 +246,8 @@ def train_loop(run, dataset, test):
 
         del stream  # ends the loader's processes
 
-    # Save the steps that a failed loader left unsaved; at the end save that the last row is written too.
+    # After a failed loader, save the steps done since the last save. At a normal end, save once more: the
+    # checkpoint must know that its last log row has been written, or the next start would write it again.
     if failed:
         good = save(run, micro_batches[0])
     elif something_to_do and good and not stopping:
@@ -247,13 +259,14 @@ def train_loop(run, dataset, test):
         print_rank0(
             f"{state['skipped']} of {state['step']} steps were skipped: their loss or gradient was not finite"
         )
-    if failure is not None:
-        raise failure
+    if loader_error is not None:
+        raise loader_error
     if failed:
         raise UserError("the loader of another process failed; its message says why", code=1)
     if broken.too_many:
         raise broken.error()
-    if not good or state["skipped"] == state["step"] > 0:
+    all_skipped = state["step"] > 0 and state["skipped"] == state["step"]  # not one step was finite
+    if not good or all_skipped:
         raise UserError(
             f"the loss is not finite after {done}; the last good checkpoint, if there is one, stays in "
             f"{args.out}; try a lower learning rate (now {run.lr:g})",
@@ -267,7 +280,7 @@ def train_loop(run, dataset, test):
     if mean_over_processes({"failed": save_failed}, run.device)["failed"]:
         return 1
     if stopping:  # where another process got the signal, its number is not known here
-        return 128 + (stop[0] if stop else signal.SIGTERM)
+        return 128 + (signals[0] if signals else signal.SIGTERM)
     return 0
 
 
@@ -309,17 +322,17 @@ def mean_over_processes(values, device):
 
 
 def save(run, micro_batch=None):
-    """Write what transfers (encoder.pt) and what resumes
-    (checkpoint.pt), if the weights are good -> whether they are.
+    """Write encoder.pt (what is used later) and checkpoint.pt (what a resumed run needs) -> whether the loss
+    is finite with these weights. If it is not, nothing is written.
 
-    micro_batch: one to try them on; None: they were tried before. If a write fails, the old file stays, a
-    warning is printed, and training goes on.
+    micro_batch: what the loss is computed on, with the masks of the step just done; None: the weights were
+    tried before. If a write fails, the old file stays, and training goes on after a warning.
     """
     # Ask on all processes whether the loss is finite with these weights. (The step's own loss was that of the
     # weights before it.)
     if micro_batch is not None:
         run.model.eval()
-        seed_torch(run.args.seed, "step", run.state["step"] - 1, 0, dist.get_rank())
+        seed_torch(run.args.seed, "step", run.state["step"] - 1, 0, dist.get_rank())  # as that step did
         with inference(run.args, run.device):
             loss, _ = run.model(*run.prepare(*micro_batch))
         run.model.train()
@@ -384,6 +397,7 @@ def write_row(run, test):
             if chart:
                 run.folder.write_picture("curves.png", chart)
             shown = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)]
+            # Without `epoch`, which stands in front.
             tqdm.write(f"epoch {round(row['epoch'])}/{run.args.epochs}: {', '.join(shown[1:])}")
     except UserError as error:
         error.code = 1
@@ -394,14 +408,14 @@ def write_row(run, test):
 
 
 @contextlib.contextmanager
-def stop_signals(stop):
-    """Ctrl-C, SIGTERM and SIGHUP are only noted in the list `stop`; the loop finishes its step, saves and
+def stop_signals(signals):
+    """Ctrl-C, SIGTERM and SIGHUP are only noted in the list `signals`; the loop finishes its step, saves and
     leaves. A second Ctrl-C leaves at once. A hang-up that is ignored already (nohup) stays so."""
 
     def note(number, frame):
-        if number == signal.SIGINT and number in stop:
+        if number == signal.SIGINT and number in signals:
             os._exit(128 + number)
-        stop.append(number)
+        signals.append(number)
 
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in numbers}
@@ -546,7 +560,7 @@ def facts_of(dataset):
     return {"images": len(dataset), "classes": list(getattr(dataset, "classes", ()))}
 
 
-def build_run(args, dataset, device, **fields):
+def build_run(args, dataset, device):
     """A run of --method. dataset: as `facts_of` gives it."""
     # Build the model; every process starts from the same weights.
     torch.manual_seed(args.seed)
@@ -573,7 +587,6 @@ def build_run(args, dataset, device, **fields):
         export=export,
         min_lr=args.min_lr,
         schedule=lr_at,
-        **fields,
     )
 
 
@@ -625,13 +638,14 @@ def resume(run):
         for key in sorted((then.keys() | now.keys()) - FREE_FLAGS)
         if then.get(key) != now.get(key)
     ]
+    finished = saved["step"] == saved["steps"]
     if changed:
-        raise UserError(
-            f"{path} was made with other flags: {', '.join(changed)}; use those, or another --out for a new "
-            "run"
-        )
+        advice = "use those, or another --out for a new run"
+        if finished and hasattr(run.args, "init"):
+            advice += f" (to train on from its weights: --init {path})"
+        raise UserError(f"{path} was made with other flags: {', '.join(changed)}; {advice}")
     old, new = saved["dataset"], run.dataset
-    if saved["step"] == saved["steps"]:
+    if finished:
         run.batches.steps = saved["steps"]
     elif old != new:
         names = sorted(set(old["classes"]) ^ set(new["classes"]))
@@ -641,10 +655,17 @@ def resume(run):
             f"has {new['images']}{classes}; bring it back, or choose another --out for a new run"
         )
 
-    # Load.
+    # Load. Fused AdamW would write beyond the end of a state that is too small.
     try:
-        run.model.load_state_dict(saved["model"])
+        load_strictly(run.model, saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
+        names = set().union(*run.optimizer.state.values()) - {"step"}
+        for p, state in run.optimizer.state.items():
+            for name in names:
+                value = state.get(name)
+                fits = isinstance(value, torch.Tensor) and value.shape == p.shape
+                if not fits or not value.isfinite().all():
+                    raise ValueError(f"the optimizer's {name} is missing, not finite or of a wrong shape")
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{path}: does not fit this model ({one_line(error)}); choose another --out"
@@ -657,6 +678,9 @@ def resume(run):
 
 def run_loop(run, argv, header, dataset, test):
     """Go on with the run if it was begun, say what is about to happen, train -> exit code."""
+    # Take the folder, not earlier: a start that fails before this leaves none behind.
+    if dist.get_rank() == 0:
+        run.folder = RunFolder(run.args.out)
     resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
     args, batches, state, world = run.args, run.batches, run.state, dist.get_world_size()
@@ -672,8 +696,9 @@ def run_loop(run, argv, header, dataset, test):
             rule = "--lr"
         elif args.blr:
             rule = f"blr {args.blr:g} x {batches.global_batch} / 256"
-        if args.warmup_epochs > args.epochs:
-            rule += f"; the warm-up of {args.warmup_epochs:g} epochs is longer than the run: --warmup-epochs"
+        if args.warmup_epochs > args.epochs / 2:
+            most = f"the warm-up of {args.warmup_epochs:g} epochs is longer than half of the run"
+            rule += f"; {most}: --warmup-epochs"
         print_rank0(
             f"{header}\n{parameters:.4g} M trained parameters, {precision}, {world} x {run.device}\n"
             f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = "
@@ -697,8 +722,11 @@ def load_weights(model, path):
             weights, shape = state["model"], state["args"]
         else:
             convert = from_official_cae if isinstance(model, CAE) else from_published
-            weights, shape = convert(state), {}
+            found = strip_prefixes(find_weights(state, path), "module|_orig_mod|backbone")
+            weights, shape = convert(found), {}
         weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+        if not weights:
+            raise KeyError("weights")
     except (AttributeError, KeyError, TypeError):  # lists, numbers ... where dicts by name should be
         raise UserError(f"--init {path}: holds no weights by name") from None
     return load_matching(model, weights, shape, f"--init {path}")
@@ -722,8 +750,7 @@ def pretrain(args, argv, device):
     """One run, from its flags to its last checkpoint -> exit code."""
     # Open the data, and make the model.
     train_set, val_set = local_rank0_first(args, partial(open_sets, args))
-    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
-    run = build_run(args, facts_of(train_set), device, folder=folder)
+    run = build_run(args, facts_of(train_set), device)
     if args.init and not (Path(args.out) / "checkpoint.pt").exists():
         print_rank0(f"--init {args.init}: fills {load_weights(run.model, args.init)}")
 
@@ -750,7 +777,8 @@ def pretrain(args, argv, device):
     # Say what there is now, and what to run next.
     made = getattr(run.model, "export_file", "encoder.pt")
     following = f"What is it worth? python finetune.py --encoder {args.out}/{made} --cache-features --data "
-    following += args.data if run.dataset["classes"] else "SET (a labelled one)"
+    labelled = val_set is not None and val_set.classes
+    following += args.data if labelled else "SET (labelled, with train/ and val/)"
     if made == "tokenizer.pt":
         target = f"dvae:{args.out}/{made} --out {args.out}-cae --data {args.data}"
         following = f"Predict its ids: python train.py --method cae --target {target}"
@@ -881,8 +909,7 @@ def add_run_args(parser):
     add(
         "--warmup-epochs",
         type=natural_float,
-        default=1,
-        help="linear warm-up, then cosine (ours; MAE, MixedAE: 40)",
+        help="linear warm-up, then the schedule [1, but at most a third of the run; MAE, MixedAE: 40]",
     )
     add(
         "--batch-size",
@@ -1032,10 +1059,17 @@ def parse_args(argv=None, base=()):
     # Parse, and make explicit what was not given.
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
+    resolve_warmup(args, most=1)
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))
     return args
+
+
+def resolve_warmup(args, most):
+    """Make the default of --warmup-epochs explicit: `most`, but at most a third of the run."""
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(most, args.epochs / 3)
 
 
 def start_processes(args):
@@ -1134,7 +1168,7 @@ def draw(args, argv, device):
     saved = load_checkpoint(folder / "checkpoint.pt", args)
     run_args = argparse.Namespace(**{**vars(args), **saved["args"], "compile": False})
     model = METHODS[args.method](run_args).to(device).eval()
-    model.load_state_dict(saved["model"])
+    load_strictly(model, saved["model"])
 
     # Read the images.
     images = []

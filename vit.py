@@ -14,7 +14,7 @@ it and its own weights load into timm. One thing is new: the homologous TopK att
 `Attention.explicit` and `keep_topk`). It adds no parameter and is switched off after pre-training.
 
 Letters, used in every file:
-    B images            G = B r groups of images (MixedAE)     n = 1/r images in a group
+    B images            n = 1/r images in a group (MixedAE)    G mixed images: B r, or B in full mode
     L patches           V visible, U hidden patches            N tokens that a block sees (patches + CLS)
     D width             H heads, D_h = D / H width of a head   K keys that TopK keeps
     C channels          p patch size in pixels                 P = C p p values of a patch
@@ -127,7 +127,7 @@ def sincos_positions(dim, grid, prefix=1):
 def resize_tokens(tokens, old_grid, new_grid, **how):
     """(B, h w, D) on old_grid -> (B, h' w', D) on new_grid, in fp32.
 
-    how: arguments of F.interpolate [size new_grid, bicubic].
+    how: arguments of F.interpolate. The defaults are size=new_grid and mode="bicubic".
     """
     tokens = rearrange(tokens.float(), "b (h w) d -> b d h w", h=old_grid[0])
     tokens = F.interpolate(tokens, **{"size": tuple(new_grid), "mode": "bicubic", **how})
@@ -149,13 +149,16 @@ def resize_positions(table, old_grid, new_grid, **how):
 def keep_topk(scores, k, cls_in_topk=False):
     """TopK of MixedAE Eq. 6 (Sec. 3.2), the keys that a query may see: scores (B, H, N, N) -> bool.
 
-    Token 0 is CLS. Each query patch keeps exactly the k key patches of the highest scores; the CLS key is
-    always kept and not counted, and the CLS query sees all. With cls_in_topk CLS is one more patch: every row
-    keeps exactly k of all N keys. The choice has no gradient.
+    k is the paper's K. Token 0 is CLS. In every head by itself, each query patch keeps exactly the k key
+    patches with the highest scores. Eq. 6 speaks of query and key patches, so CLS takes no part: its key is
+    always kept and not counted, and its query sees all. With cls_in_topk CLS counts as one more patch: every
+    row keeps exactly k of all N keys. Which keys are kept is a choice without gradient; the scores that are
+    kept have one.
     """
     first = 0 if cls_in_topk else 1  # the first token that takes part
-    keep = torch.ones_like(scores, dtype=torch.bool)  # row and column of CLS stay True
-    best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
+    keep = torch.ones_like(scores, dtype=torch.bool)  # CLS's row and column stay so without cls_in_topk
+    # (B, H, L, k); with cls_in_topk (B, H, N, k)
+    best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices
     # Scatter indices: a threshold would keep more than k where scores tie, as they often do in bf16.
     keep[..., first:, first:] = False
     keep[..., first:, first:].scatter_(-1, best, True)
@@ -197,7 +200,11 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, D)
 
     def explicit(self, q, k, v):
-        """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), then values. (B, H, N, D_h)."""
+        """Attention with its matrix written out, as TopK and `record` need it. All are (B, H, N, D_h).
+
+        MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))); the result is A_HomoAtt v. Here k are the
+        keys. Without `topk` it is ordinary attention.
+        """
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q k^T / sqrt(D_h), (B, H, N, N)
         keep = None
         if self.topk is not None:
@@ -242,14 +249,15 @@ class CrossAttention(nn.Module):
 # Blocks
 # ------------------------------------------------------------------------------------------------------------
 class Residual(nn.Module):
-    """What the blocks have in common: residual branches, and two attributes that may be set. `drop_path` is
-    the probability that a sample skips a branch in training; `recompute` trades time for memory."""
+    """What the blocks have in common: residual branches, and two attributes that are set from outside.
+    `drop_path` (by `set_drop_paths`) is the probability that a sample skips a branch in training; `recompute`
+    (by train.wrap_ddp) trades time for memory."""
 
     drop_path = 0.0
     recompute = False
 
     def drop(self, branch):
-        # Kept branches are divided by 1 - p, so that the expected output is unchanged.
+        # Kept branches are divided by 1 - drop_path, so that the expected output is unchanged.
         return stochastic_depth(branch, self.drop_path, "row", self.training)
 
 
@@ -338,7 +346,8 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
     def forward(self, images, hidden=None, stages=None):
-        # No patch sees another, so nothing depends on `hidden`; and there are no stages.
+        # `hidden` and `stages` are there to have ConvStem's signature. A plain patch embedding treats each
+        # patch by itself, so it needs neither.
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
@@ -399,7 +408,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, 1 + L, D); without CLS (1, L, D)
         self.resize = resize_positions  # may be set: DINO has a rule of its own for other image sizes
         self.norm_pre = nn.Identity()  # CLIP has a LayerNorm here
-        topk = topk or [None] * depth
+        topk = topk or [None] * depth  # K of each block
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, k, cls_in_topk) for k in topk)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
@@ -439,10 +448,10 @@ class ViT(nn.Module):
     def features(self, images, hidden=None, taps=(), attention=False):
         """What probes, teachers, dense heads and pictures read.
 
-        images (B, C, h p, w p) normalised; hidden (B, L) bool or None; taps: block numbers from 1 (of whole
-        images). Returns {"cls": (B, 1, D), or None if there is none, "patches": (B, V, D), both after the
-        final norm; "taps": [(B, D, h, w), ...] raw outputs of blocks; "attention": (B, H, N, N), the softmax
-        of the last block, if asked for}.
+        images (B, C, h p, w p) normalised; hidden (B, L) bool or None; taps: numbers of blocks, from 1, whose
+        output is wanted as a map; only without `hidden`. Returns {"cls": (B, 1, D), or None if there is none,
+        "patches": (B, V, D), both after the final norm; "taps": [(B, D, h, w), ...] raw outputs of blocks;
+        "attention": (B, H, N, N), the softmax of the last block, if asked for}.
         """
         # Embed, and drop what is hidden.
         x = self.embed(images, hidden)  # (B, L, D)
@@ -492,7 +501,8 @@ class Decoder(nn.Module):
         super().__init__()
         if depth < 1:
             raise UserError(
-                f"--decoder-depth {depth}: needs at least 1 block, or no hidden patch sees another"
+                f"--decoder-depth {depth}: needs at least 1 block; without one no hidden patch sees a "
+                "visible patch"
             )
         self.num_prefix_tokens = encoder.num_prefix_tokens
         self.embed = nn.Linear(encoder.width, width)
@@ -614,9 +624,9 @@ def print_rank0(line):
 
 SIZES = {  # width, depth and heads of the encoder, then of the decoder
     "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
-    "tiny": (192, 12, 3, 512, 8, 16),  # DeiT
+    "tiny": (192, 12, 3, 192, 4, 3),  # DeiT; the decoder is ours: MAE's is five times the encoder
     "small": (384, 12, 6, 512, 8, 16),  # DeiT
-    "base": (768, 12, 12, 512, 8, 16),  # ViT; the decoder is MAE's for every size (MixedAE Sec. 4.1)
+    "base": (768, 12, 12, 512, 8, 16),  # ViT; the decoder is MAE's, which has it for L and H too
     "large": (1024, 24, 16, 512, 8, 16),  # ViT
     "huge": (1280, 32, 16, 512, 8, 16),  # ViT
 }
@@ -752,6 +762,8 @@ def load_file(path, allowed=()):
 
     allowed: further classes that may lie in it, each as (the class to make instead, its name in the file).
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: is no regular file; give a file of weights")  # a pipe would be waited for
     try:
         # Published files hold their flags in a Namespace, which does nothing.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
@@ -784,9 +796,38 @@ def rename(state_dict, pairs):
     return renamed
 
 
-def strip_prefixes(weights):
+# Where the weights lie in a published file, if the file is not the weights. DINO's has a student too.
+WRAPPERS = ("teacher", "model", "module", "state_dict", "model_ema", "state_dict_ema")
+
+
+def find_weights(content, path):
+    """A published file's content -> its tensors by name. If it has averaged weights (EMA) beside the others,
+    a line says which are taken."""
+    keys = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
+    averaged = [key for key in keys if key.endswith("_ema")]
+    if averaged and keys[0] not in averaged:
+        print_rank0(f"{path}: takes the weights of {keys[0]}, not {averaged[0]}")
+    found = content[keys[0]] if keys else content
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def strip_prefixes(weights, prefixes="module|_orig_mod|backbone|encoder|model"):
     """Names without what wrappers put before them, in whatever order and as often as it is there."""
-    return rename(weights, [(r"^((module|_orig_mod|backbone|encoder|model)\.)+", "")])
+    return rename(weights, [(rf"^(({prefixes})\.)+", "")])
+
+
+def load_strictly(module, weights):
+    """module.load_state_dict, after a look at each tensor, which must be dense, of its counterpart's kind
+    (floats or whole numbers) and finite. Raises ValueError, for names and shapes RuntimeError."""
+    for name, own in module.state_dict().items():
+        value = weights.get(name, own)
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} is not a dense tensor")
+        if value.is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    module.load_state_dict(weights)
 
 
 def read_shape(weights):
@@ -853,16 +894,15 @@ def load_matching(model, weights, shape, source):
             grid = [pixels // encoder.patch_size for pixels in shape.get("image_size", ())] or (side, side)
             weights = {**weights, name: resize_positions(weights[name], grid, encoder.grid)}
         part = {name: value for name, value in weights.items() if name.startswith("encoder.")}
-        encoder.load_state_dict(rename(part, [("^encoder.", "")]))
+        load_strictly(encoder, rename(part, [("^encoder.", "")]))
+        # Load the rest where all of it is there.
+        whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())
+        if whole:
+            load_strictly(model, {name: weights[name] for name in own})
     except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(
             f"{source}: does not fit this {type(model).__name__}: {one_line(error, 250)}"
         ) from None
-
-    # Load the rest where all of it is there.
-    whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())
-    if whole:
-        model.load_state_dict(weights, strict=False)
     return "the whole model" if whole else "the encoder"
 
 
@@ -883,15 +923,22 @@ def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
     }
 
 
+def check_statistics(info, channels=3):
+    """A ValueError unless mean and std are numbers of images whose values lie between 0 and 1."""
+    mean, std = info["mean"], info["std"]
+    fit = all(0 <= m <= 1 for m in mean) and all(1e-3 <= s <= 1 for s in std)  # NaN fails every comparison
+    if not (fit and len(mean) == len(std) == channels):
+        raise ValueError(f"mean {mean} and std {std} are not of {channels} channels between 0 and 1")
+
+
 def unpack_encoder(packed, source="encoder"):
-    """`pack_encoder`'s dict -> (encoder in eval mode, the dict
-    without weights). A UserError begins with `source`."""
+    """`pack_encoder`'s dict -> (encoder in eval mode, the dict without weights). A UserError begins with
+    `source`."""
     try:
         encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
-        encoder.load_state_dict(packed["state_dict"])
+        load_strictly(encoder, packed["state_dict"])
         info = {key: packed[key] for key in ("config", "method", "feature", "mean", "std")}
-        if not len(info["mean"]) == len(info["std"]) == encoder.config["channels"] or min(info["std"]) <= 0:
-            raise ValueError(f"mean {info['mean']}, std {info['std']}")
+        check_statistics(info, encoder.config["channels"])
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
         raise UserError(
             f"{source}: not an encoder.pt of this project, or not a whole encoder.pt ({one_line(error)})"

@@ -1,11 +1,13 @@
 """Data: every kind of image, broken ones, folders and lists, drawn shapes, and randomness without state."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch.testing import assert_close
 
@@ -57,6 +59,170 @@ def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
     check("turned.webp", rgb.rotate(90, expand=True), true, 0, exif=exif, lossless=True)
 
 
+RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
+GREY = (RAMP * 255.999).astype(int)
+
+
+def ramp(largest, kind):
+    """From black to white, as numbers of a kind."""
+    return (RAMP * largest).astype(kind)
+
+
+@pytest.mark.parametrize(
+    "name, pixels",
+    [
+        ("a.tif", ramp(1, np.float32)),
+        ("a.tif", ramp(255, np.float32)),
+        ("a.tif", ramp(4095, np.float32)),
+        ("a.tif", ramp(255, np.int32)),
+        ("a.tif", ramp(4095, np.int32)),
+        ("a.tif", ramp(65535, np.int32)),
+        ("a.tif", ramp(2**30 - 1, np.int32)),
+        ("a.png", ramp(255, np.uint16)),
+        ("a.png", ramp(1023, np.uint16)),
+        ("a.png", ramp(4095, np.uint16)),
+        ("a.png", ramp(16383, np.uint16)),
+        ("a.png", ramp(65535, np.uint16)),
+        ("a.tif", ramp(4095, ">u2")),
+    ],
+    ids=lambda value: f"{value.dtype} {value.max():g}" if isinstance(value, np.ndarray) else value,
+)
+def test_numbers_become_grey_from_black_to_white(name, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / name)
+    decoded = decode(tmp_path / name).int().numpy()
+    assert decoded.shape == (3, 24, 32) and np.abs(decoded - GREY).max() <= 1
+    assert decoded.min() == 0 and decoded.max() == 255
+
+
+def test_integers_of_0_and_1_are_black_and_white(tmp_path):
+    Image.fromarray(np.uint16([[0, 1]])).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png").tolist() == [[[0, 255]]] * 3
+
+
+@pytest.mark.parametrize(
+    "pixels, words",
+    [
+        (ramp(100, np.int32) - 5, "from -5 to 95"),
+        (ramp(1, np.float32) - 0.5, "from -0.5 to 0.5"),
+        (np.where(RAMP > 0.5, np.nan, RAMP), "from nan to nan"),
+        (np.where(RAMP > 0.5, np.inf, RAMP), "from 0.0 to inf"),
+    ],
+    ids=["negative integers", "negative floats", "nan", "infinite"],
+)
+def test_numbers_without_black_and_white_are_refused(pixels, words, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=words):
+        decode(tmp_path / "a.tif")
+
+
+def test_what_is_taken_for_white_is_said_once_a_set(tmp_path, capsys):
+    data.say_once.cache_clear()
+    for i in range(3):
+        Image.fromarray(ramp(4095, np.uint16)).save(tmp_path / f"{i}.png")
+    list(data.open_folder(tmp_path)[i] for i in range(3))
+    assert capsys.readouterr().out.count("note: mode I;16: white is") == 1
+
+
+BLUE = np.broadcast_to(np.uint8([0, 0, 255]), (24, 32, 3))
+
+
+def transparent(mode, alpha):
+    """Blue, or black of mode LA, whose left half has this alpha."""
+    veil = np.full((24, 32, 1), 255, np.uint8)
+    veil[:, :16] = alpha
+    colour = BLUE if mode == "RGBA" else BLUE[..., :1]
+    return Image.fromarray(np.concatenate([colour, veil], -1), mode)
+
+
+def palette():
+    """Colour 1, in the left half, is transparent; colour 0 is blue."""
+    image = Image.fromarray(np.repeat(np.uint8([[1] * 16 + [0] * 16]), 24, axis=0), "P")
+    image.putpalette([0, 0, 255, 90, 90, 90])
+    return image
+
+
+@pytest.mark.parametrize(
+    "name, image, options, left, right",
+    [
+        ("a.png", transparent("RGBA", 0), {}, (255, 255, 255), (0, 0, 255)),
+        ("a.png", transparent("RGBA", 127), {}, (128, 128, 255), (0, 0, 255)),
+        ("a.webp", transparent("RGBA", 0), {"lossless": True}, (255, 255, 255), (0, 0, 255)),
+        ("a.tif", transparent("RGBA", 0), {}, (255, 255, 255), (0, 0, 255)),
+        ("a.png", transparent("LA", 0), {}, (255, 255, 255), (0, 0, 0)),
+        ("a.png", palette(), {"transparency": 1}, (255, 255, 255), (0, 0, 255)),
+        ("a.png", palette(), {"transparency": b"\xff\x7f"}, (173, 173, 173), (0, 0, 255)),
+        ("a.gif", palette(), {"transparency": 1}, (255, 255, 255), (0, 0, 255)),
+        ("a.png", palette().convert("RGB"), {"transparency": (90, 90, 90)}, (255, 255, 255), (0, 0, 255)),
+    ],
+    ids="RGBA half webp tif LA palette half-palette gif key".split(),
+)
+def test_what_is_transparent_is_laid_over_white(name, image, options, left, right, tmp_path):
+    image.save(tmp_path / name, **options)
+    decoded = decode(tmp_path / name)
+    assert decoded[:, 5, 5].tolist() == list(left) and decoded[:, 5, 25].tolist() == list(right)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}], ids=str)
+def test_plain_files_are_decoded_to_the_bit(mode, options, tmp_path):
+    image = gradient_image().convert(mode)
+    image.save(tmp_path / "a.jpg", **options)
+    by_torchvision = torchvision.io.decode_image(tmp_path / "a.jpg", mode="RGB")
+    assert torch.equal(decode(tmp_path / "a.jpg"), by_torchvision)
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(decode(tmp_path / "a.png").permute(1, 2, 0), np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("a.png", {}),
+        ("a.jpg", {}),
+        ("a.jpg", {"progressive": True, "icc_profile": b"x" * 90_000}),
+        ("a.jpg", {"optimize": True, "comment": b"\xff\xc0\x00\x11\x08\x00\x01\x00\x01\x03"}),
+    ],
+    ids=["png", "jpg", "progressive", "comment"],
+)
+def test_too_many_pixels_are_refused(name, options, tmp_path, monkeypatch):
+    gradient_image().save(tmp_path / name, **options)
+    assert decode(tmp_path / name).shape == (3, 24, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError, match="exceeds limit"):
+        decode(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, length, reason",
+    [
+        ("a.png", 0, "cannot identify image file"),
+        ("a.txt", 10, "cannot identify image file"),
+        ("a.jpg", 2, "cannot identify image file"),
+        ("a.jpg", 300, "Truncated File Read"),
+        ("a.jpg", 700, "image file is truncated ("),
+        ("a.png", 60, "image file is truncated"),
+        ("a.png", None, "[Errno 2] No such file or directory"),
+    ],
+    ids=str,
+)
+def test_a_broken_file_is_named_once_with_the_reason(name, length, reason, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text("not an image")
+    if path.suffix != ".txt":
+        gradient_image().save(path)
+    if length is None:
+        path.unlink()
+    else:
+        os.truncate(path, length)
+    picture = str(tmp_path / "whole.png")
+    gradient_image().save(picture)
+    samples = TrainDataset(data.ImageFiles([str(path), picture]), data.center_crop((16, 16)))
+    broken = data.BrokenImages()
+    broken.count(*data.collate([samples[0, 0], samples[2, 0]]))  # the second draws it again
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"warning: {path} ({reason}") and line.count(name) == 1
+    assert line.endswith(") is broken; another image takes its place")
+
+
 def test_a_broken_image_is_named_and_replaced(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "set")
     bad = tmp_path / "set" / "train" / "class0" / "00.png"
@@ -68,11 +234,11 @@ def test_a_broken_image_is_named_and_replaced(folder, tmp_path, capsys):
     flags = ("--data", tmp_path / "set", "--out", tmp_path / "run", "--epochs", 2, "--val-images", 8)
     run("--method", "mae", *flags)
     error = capsys.readouterr().err
-    assert error.count(f"{bad} is broken") == 1 and error.count("01.png is broken") == 1
+    assert error.count(f"warning: {bad} (") == 1 and error.count("01.png (") == 1
 
     samples = TrainDataset(data.open_folder(tmp_path / "set" / "train"), data.train_transform(args()), 0)
     image, label, broken = samples[0, 0]
-    assert broken == [str(bad)] and image.shape == (3, 16, 16)
+    assert len(broken) == 1 and broken[0].startswith(f"{bad} (") and image.shape == (3, 16, 16)
     assert torch.equal(samples[0, 0][0], image)  # the replacement is a function of (seed, epoch, sample) too
 
 
@@ -117,6 +283,72 @@ def test_a_list_names_paths_relative_to_itself(folder):
     (folder / "list.txt").write_text("train/class1/01.png\nmissing.png\n")
     with pytest.raises(UserError, match="missing.png"):
         data.open_sets(args("--data", folder / "list.txt"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_lists_of_any_encoding(encoding, tmp_path):
+    # The names of files are bytes: a list that is not Unicode names them by the same bytes.
+    name = os.fsdecode("é.png".encode("latin-1")) if encoding == "latin-1" else "é.png"
+    gradient_image().save(tmp_path / name)
+    (tmp_path / "list.txt").write_bytes("é.png\r\n\r\n".encode(encoding))
+    assert data.open_list(tmp_path / "list.txt").paths == [str(tmp_path / name)]
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError(13, "Permission denied", str(args[0]))
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_split_folders(val, tmp_path):
+    for split in ("train", val):
+        (tmp_path / split / "a").mkdir(parents=True)
+        gradient_image().save(tmp_path / split / "a" / f"{split}.png")
+    train_set, val_set = data.open_sets(args("--data", tmp_path))
+    assert train_set.classes == ["a"] and train_set.name(0).endswith("train/a/train.png")
+    assert val_set.name(0).endswith(f"{val}/a/{val}.png")
+
+
+def test_data_that_cannot_be_read_gets_one_line(folder, tmp_path, monkeypatch):
+    (tmp_path / "half.txt").write_bytes(b"\xff\xfea")
+    (tmp_path / "list.txt").write_bytes(b"")
+    scandir, locked = os.scandir, str(folder / "train" / "class1")
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) if str(path) == locked else scandir(path))
+    for name, words in (
+        ("", "--data : neither a set"),
+        (folder, f"{locked}: no images in it can be read .Permission denied.; "),
+        (tmp_path / "half.txt", "half.txt: cannot be read .*truncated data"),
+        (tmp_path / "list.txt", "0 of its 0 image files"),
+    ):
+        with pytest.raises(UserError, match=words):
+            data.open_sets(args("--data", name))
+
+    # A list, and a folder, whose content is not for this user.
+    stat = os.stat
+    monkeypatch.setattr(data.Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match="list.txt: cannot be read .*Permission denied"):
+        data.open_sets(args("--data", tmp_path / "list.txt"))
+    inside = str(folder) + os.sep
+    monkeypatch.setattr(os, "stat", lambda p, **k: refuse(p) if str(p).startswith(inside) else stat(p, **k))
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"{folder}: no images in it can be read"):
+        data.open_sets(args("--data", folder))
+
+
+def test_a_run_folder_that_is_deleted_is_made_again(tmp_path):
+    out = data.RunFolder(tmp_path / "runs" / "a")
+    name = os.fsdecode(b"\xff") + "x" * 249  # the name of a file may be any bytes
+    for i in range(2):
+        shutil.rmtree(tmp_path / "runs")
+        out.write_text("table.csv", f"{name},1")
+        out.write_picture("a.png", gradient_image())
+        out.log({"step": i})
+        assert os.fsdecode((out.path / "table.csv").read_bytes()) == f"{name},1"
+        assert data.read_log(out.path) == [{"step": i}] and (out.path / "pictures" / "a.png").exists()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("")  # something else lies there now
+    with pytest.raises(UserError, match="could not be written") as caught:
+        out.log({"step": 2})
+    assert caught.value.code == 1
 
 
 def test_a_sets_name_wins_over_a_folder(folder, tmp_path, monkeypatch):
@@ -318,6 +550,14 @@ def test_a_line_goes_through_its_points():
         rows, columns = (chart[44:] == [int(255 * c) for c in colour]).all(-1).nonzero()
         slope = np.polyfit(columns, rows, 1)[0]
         assert np.sign(slope) == sign and np.ptp(columns) > 300 and np.ptp(rows) > 150
+
+
+def test_ticks_are_round_numbers():
+    for low, high in ((0.414, 0.678), (1, 4), (3, 1234), (-1, 1), (0.0001, 0.00012), (5, 5)):
+        ticks = data.round_ticks(low, high)
+        assert low == high or 2 <= len(ticks) <= 7 and low <= ticks[0] and ticks[-1] <= high
+        assert all(len(f"{tick:.4g}".strip("-0.").replace(".", "")) <= 4 for tick in ticks)
+    assert data.round_ticks(0.414, 0.678).tolist() == pytest.approx([0.45, 0.5, 0.55, 0.6, 0.65])
 
 
 def test_pictures_are_titled_and_hold_the_panels():

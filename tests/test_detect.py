@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from functools import partial
@@ -29,6 +30,7 @@ pytest.importorskip("pycocotools", reason="pycocotools is optional, and computes
 SMALL = "--head-width 16 --proposals 20 --rois 16 --image-size 32".split()
 QUICK = "--task detect --neck simple --workers 0 --device cpu --epochs 1 --batch-size 4".split() + SMALL
 run = partial(conftest.run, main=dense.main, defaults=QUICK)
+evaluate = partial(conftest.run, main=dense.main, defaults="--task detect --workers 0 --device cpu".split())
 COLOURS = {3: (250, 30, 30), 7: (30, 30, 250)}  # by COCO's number of the category
 MEAN, STD = [0.5, 0.4, 0.3], [0.1, 0.2, 0.3]
 TERMS = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
@@ -327,7 +329,7 @@ def test_flags_reach_the_model():
     model = detector("--drop-path", 0.3, "--proposals", 30, "--rois", 12, depth=4)
     assert [block.drop_path for block in model.encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 12
-    assert model.rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == 60
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (60, 30)
     assert model.eval().rpn.pre_nms_top_n() == model.rpn.post_nms_top_n() == 30
     for neck, convolutions in (("simple", 2), ("fpn", 1)):
         model = detector("--neck", neck)
@@ -379,7 +381,7 @@ def test_every_parameter_gets_a_gradient_also_without_objects(neck, counts):
     loss, terms = model(*batch(*counts))
     loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    assert not model.encoder.pos_embed.requires_grad
+    assert model.encoder.pos_embed.requires_grad == (neck == "simple")  # ViTDet trains it
     assert_close(loss.detach(), sum(terms.values()))
     assert terms.keys() == TERMS
     if counts == (0, 0):
@@ -390,7 +392,8 @@ def test_every_parameter_gets_a_gradient_also_without_objects(neck, counts):
 @pytest.mark.parametrize("neck", ["simple", "fpn"])
 def test_both_necks_learn_one_batch(neck):
     torch.manual_seed(0)
-    model, (images, targets) = detector("--neck", neck, depth=2, patch_size=8).train(), batch(2, 1)
+    flags = "--neck", neck, "--proposals", 40
+    model, (images, targets) = detector(*flags, depth=2, patch_size=8).train(), batch(2, 1)
     for image, target in zip(images, targets):
         image[:, target["masks"].bool().any(dim=0)] *= 0.2
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -422,9 +425,16 @@ def test_layer_decay_reaches_the_encoder_inside_the_detector():
     assert len(scale) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_the_schedule_falls_at_9_and_11_of_12_epochs():
+def test_each_neck_has_the_schedule_of_its_authors():
+    """CAE's code drops the rate at epochs 9 and 11 of 12; ViTDet and the detector of MR-MAE's group at steps
+    163,889 and 177,546 of 184,375, which are 8/9 and 26/27."""
     rates = {0: 0, 0.25: 0.5, 0.5: 1, 8.99: 1, 9: 0.1, 10.9: 0.1, 11: 0.01, 12: 0.01}
     assert {epoch: dense.step_lr(epoch, 1.0, 0.5, 12, 0.0) for epoch in rates} == pytest.approx(rates)
+    args = dense.parse_args(["--task", "detect", "--neck", "simple"])
+    schedule = dense.Detection(args, None, {}, None, None).schedule
+    steps = {163_887: 1, 163_890: 0.1, 177_545: 0.1, 177_547: 0.01, 184_375: 0.01}
+    found = {step: schedule(step / 184_375 * 25, 1.0, 0.0, 25, 0.0) for step in steps}
+    assert found == pytest.approx(steps)
 
 
 def perfect(truth):
@@ -531,9 +541,9 @@ def test_a_run_learns_and_its_ap_is_pycocotools(coco, trained):
 
 
 def test_evaluating_gives_the_same_numbers_and_predicting_keeps_cocos_numbers(coco, trained, tmp_path):
-    run("--evaluate", trained, "--out", tmp_path / "test")
+    evaluate("--evaluate", trained, "--out", tmp_path / "test")
     assert results(tmp_path / "test")["box_ap"] == pytest.approx(results(trained)["best_box_ap"])
-    run("--evaluate", trained, "--out", tmp_path / "predict", "--predict", coco / "val2017")
+    evaluate("--evaluate", trained, "--out", tmp_path / "predict", "--predict", coco / "val2017")
     assert predictions(tmp_path / "predict") == predictions(tmp_path / "test")
     assert all((tmp_path / out / "pictures" / "detection.png").exists() for out in ("test", "predict"))
 
@@ -542,7 +552,7 @@ def test_evaluating_gives_the_same_numbers_and_predicting_keeps_cocos_numbers(co
     (tmp_path / "named" / "more").mkdir()
     (tmp_path / "named" / "000000000503.png").rename(tmp_path / "named" / "more" / "some name.png")
     (tmp_path / "named" / "broken.png").write_bytes(b"no image")
-    run("--evaluate", trained, "--out", tmp_path / "names", "--predict", tmp_path / "named")
+    evaluate("--evaluate", trained, "--out", tmp_path / "names", "--predict", tmp_path / "named")
     new_name = {503: "more/some name.png"}
     rows = json.loads(predictions(tmp_path / "test"))
     renamed = [{**row, "image_id": new_name.get(row["image_id"], row["image_id"])} for row in rows]
@@ -579,26 +589,77 @@ def note(k, **values):
     return rewrite(lambda content: content["annotations"][k].update(values))
 
 
+def lengths(*counts, size=(40, 48)):
+    return {"size": list(size), "counts": list(counts)}
+
+
+def compressed():
+    """The run lengths of a mask as COCO's tools write them: text."""
+    mask = np.asfortranarray(np.eye(40, 48, dtype=np.uint8))
+    return {"size": [40, 48], "counts": dense.coco_mask.encode(mask)["counts"].decode()}
+
+
+def polygon(*numbers):
+    return {"segmentation": [list(numbers)]}
+
+
+BOX = "in an image of 48 x 40 pixels; it must be x, y, width, height in pixels, not corners"
+MASK = "in an image of 48 x 40 pixels; it must be polygons of three points or more"
+NOTES = {  # what an annotation has, and words of what is wrong with it, if anything
+    "another image": ({"image_id": 5}, "is of the image 5, which is none"),
+    "another category": ({"category_id": 5}, "has the category 5, which is none of its 1 categories"),
+    "no box": ({"bbox": None}, "has the bbox None", BOX),
+    "three numbers": ({"bbox": [1, 2, 3]}, "has the bbox [1, 2, 3]", BOX),
+    "a box of NaN": ({"bbox": [1, 2, 3, math.nan]}, "has the bbox [1, 2, 3, nan]", BOX),
+    "corners": (
+        {"bbox": [30, 20, 44, 36]},
+        "has the bbox [30, 20, 44, 36]",
+        BOX,
+        "write x, y, x1 - x, y1 - y",
+    ),
+    "corners at the edge": ({"bbox": [20, 10, 48, 40]}, "has the bbox [20, 10, 48, 40]", BOX),
+    "shares": ({"bbox": [0.25, 0, 0.5, 0.9]}, "has the bbox [0.25, 0, 0.5, 0.9]", BOX, "not shares"),
+    "the area NaN": ({"area": math.nan}, "has the area nan; it must be a number of pixels, or be left out"),
+    "the area infinite": ({"area": math.inf}, "has the area inf; it must be a number"),
+    "a negative area": ({"area": -2}, "has the area -2; it must be a number"),
+    "the area as text": ({"area": "20"}, "has the area '20'; it must be a number"),
+    "no mask": ({"segmentation": None}, "has the segmentation [()]", MASK),
+    "half a point": (polygon(1, 2, 3, 4, 5, 6, 7), "has the segmentation [[1, 2, 3, 4, 5, 6, 7]]", MASK),
+    "two points": (polygon(1, 2, 3, 4), "has the segmentation [[1, 2, 3, 4]]", MASK),
+    "a point of NaN": (polygon(1, 2, 9, math.nan, 9, 9), "has the segmentation [[1, 2, 9, nan,", MASK),
+    "a point at infinity": (polygon(1, 2, 9, -math.inf, 9, 9), "[[1, 2, 9, -inf,", MASK),
+    "a point far away": (polygon(1, 2, 1e9, 9, 9, 9), "[[1, 2, 1000000000.0,", MASK),
+    "lengths of another size": ({"segmentation": lengths(32, size=(4, 8))}, "'size': [4, 8]", MASK),
+    "too short lengths": ({"segmentation": lengths(100, 20)}, "'counts': [100, 20]", MASK, "add up to"),
+    "too long lengths": ({"segmentation": lengths(1900, 30)}, "'counts': [1900, 30]", MASK),
+    "nothing unusual": ({},),
+    "the whole image": ({"bbox": [0, 0, 48, 40]},),
+    "a large box that ends a little outside": ({"bbox": [2, 3, 47, 39]},),
+    "a box that goes far beyond one edge": ({"bbox": [30, 20, 29, 15]},),
+    "one pixel in the corner": ({"bbox": [0, 0, 1, 1]},),
+    "no width": ({"bbox": [0, 0.5, 0, 0.5]},),
+    "no area": ({"area": None},),
+    "the area 0": ({"area": 0},),
+    "a polygon that leaves the image": (polygon(-20, -20, 90, -5, 60, 90),),
+    "two polygons": ({"segmentation": rectangle(1, 2, 3, 4) + rectangle(5, 6, 7, 8)},),
+    "run lengths": ({"segmentation": lengths(100, 20, 1800)},),
+    "compressed run lengths": ({"segmentation": compressed()},),
+}
+
+
+@pytest.mark.parametrize("change, words", [pytest.param(row[0], row[1:], id=k) for k, row in NOTES.items()])
+def test_what_is_wrong_with_an_annotation(change, words):
+    whole = {"image_id": 1, "category_id": 3, "bbox": [4, 6, 10, 12], "segmentation": rectangle(4, 6, 10, 12)}
+    mistake = dense.mistake_of({**whole, **change}, {1: {"width": 48, "height": 40}}, {3: "thing"})
+    assert bool(mistake) == bool(words) and all(word in mistake for word in words), mistake
+
+
 BAD_FILES = (
     (note(3, category_id=5), "annotation 4 has the category 5, which is none of its 2 categories"),
-    (note(3, image_id=5), "annotation 4 is of the image 5, which is none"),
-    (note(3, segmentation=None), "annotation 4 has no segmentation that Mask R-CNN"),
-    (note(3, bbox=None), "annotation 4 has the bbox None"),
     (note(3, bbox=7), "not in COCO's format (TypeError"),
-    (note(3, bbox=[1, 2, 3]), "annotation 4 has the bbox [1, 2, 3]; it must be x, y, width, height"),
-    (note(3, bbox=[1, 2, 3, math.nan]), "annotation 4 has the bbox [1, 2, 3, nan]"),
-    (note(3, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "annotation 4 has no segmentation", "three points"),
+    (note(3, bbox=[1, 2, 3, math.nan]), "train2017.json: ", "annotation 4 has the bbox [1, 2, 3, nan]"),
+    (note(3, area=math.inf), "train2017.json: ", "annotation 4 has the area inf"),
     (rewrite(lambda c: c["images"].append(c["images"][0])), "9 images with 8 different ids"),
-    (
-        note(3, segmentation=[[1, 2, 3, 4]]),
-        "annotation 4 has no segmentation that Mask R-CNN",
-        "three points",
-    ),
-    (
-        note(0, segmentation={"size": [4, 8], "counts": [32]}),
-        "annotation 1 has no",
-        "run lengths of the image's size",
-    ),
     (
         rewrite(lambda c: c["images"][3].update(height=41)),
         "803.png: has",
@@ -632,7 +693,8 @@ BAD_FLAGS = (
     (("--rois", 3), "--rois: 3: must be"),
     (("--head-width", 0), "--head-width: 0: must be"),
     (("--compile",), "--resize jitter"),
-    (("--label-fraction", 0.1), "unrecognized"),
+    (("--label-fraction", 2), "--label-fraction: 2: must be"),
+    (("--first-label", 0), "unrecognized"),
     (("--encoder", "none", "--patch-size", 2), "patches of 4, 8, 16 or 32 pixels, not 2"),
 )
 
@@ -658,6 +720,24 @@ def test_boxes_without_area_are_said_and_left_out(copy, capsys):
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
+def test_more_objects_than_coco_counts_are_said_once(copy, capsys):
+    def change(content):
+        first = next(note for note in content["annotations"] if note["image_id"] % 100 == 3)
+        content["annotations"] += [{**first, "iscrowd": k} for k in [0] * 101 + [1] * 9]
+
+    def both(root):
+        for split in ("train2017", "val2017"):
+            rewrite(change, split)(root)
+
+    root = copy(both)
+    open_split(root, "train")
+    assert not capsys.readouterr().out
+    open_split(root, "val")
+    assert capsys.readouterr().out.count("warning: ") == 1
+    open_split(copy(lambda root: None), "val")
+    assert not capsys.readouterr().out
+
+
 def test_broken_files_are_named(copy, encoder, tmp_path, capsys):
     def change(root):
         (root / "val2017/000000000503.png").write_bytes(b"no image")
@@ -665,9 +745,10 @@ def test_broken_files_are_named(copy, encoder, tmp_path, capsys):
         Image.fromarray(np.zeros((1, 900, 3), np.uint8)).save(root / "val2017/000000000504.png")
         rewrite(lambda c: c["images"][4].update(height=1, width=900), "val2017")(root)
 
-    run("--encoder", encoder, "--data", copy(change), "--out", tmp_path / "run", "--batch-size", 6)
+    flags = ("--batch-size", 6, "--label-fraction", 0.1)  # all six, for a batch needs them
+    run("--encoder", encoder, "--data", copy(change), "--out", tmp_path / "run", *flags)
     error = capsys.readouterr().err
-    assert "000000000503.png is broken; nothing is found in it" in error
-    assert "000000000804.png is broken; another" in error
+    assert re.search(r"000000000503.png \(.*\) is broken; nothing is found in it", error)
+    assert re.search(r"000000000804.png \(.*\) is broken; another", error)
     assert "000000000504.png" not in error  # thin, but whole
     assert 503 not in {row["image_id"] for row in json.loads(predictions(tmp_path / "run"))}

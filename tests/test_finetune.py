@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -49,9 +50,11 @@ def encoder(tmp_path_factory):
     return path
 
 
-def classifier(protocol, *flags, classes=3, multi_label=False, fc_norm=None, feature="cls", model=None):
+def classifier(
+    protocol, *flags, classes=3, multi_label=False, fc_norm=None, feature="cls", model=None, method="mae"
+):
     args = parse("--protocol", protocol, *flags)
-    info = {"method": "x", "feature": feature, "mean": data.MEAN, "std": data.STD}
+    info = {"method": method, "feature": feature, "mean": data.MEAN, "std": data.STD}
     return finetune.Classifier(
         model or vit_of(32, 2, 2, (16, 16), 4), info, fc_norm, args, classes, multi_label
     )
@@ -695,6 +698,8 @@ def test_fine_tuning_reads_the_mean_of_raw_patch_tokens_through_a_new_layer_norm
     normed = (pooled - mean) / (var + 1e-6).sqrt() * model.fc_norm.weight + model.fc_norm.bias
     assert_close(logits, normed @ model.head.weight.T + model.head.bias)
     assert model.encoder.pos_embed.requires_grad and isinstance(model.encoder.norm, torch.nn.Identity)
+    for method in ("cae", "cae-finetune"):  # CAE's code keeps the positions fixed
+        assert not classifier("finetune", method=method).encoder.pos_embed.requires_grad
     model = randomize(classifier("finetune", "--feature", "cls")).eval()
     assert_close(model.logits(images), model.head(model.encoder.features(images)["cls"][:, 0]))
     loss, _ = classifier("finetune").train()(images, torch.tensor([0, 1]))
@@ -1064,7 +1069,7 @@ def test_transfer_sets_in_their_own_format(name, tmp_path, monkeypatch):
     monkeypatch.setitem(finetune.SETS, name, finetune.SETS[name]._replace(sizes=sizes))
     sets = finetune.open_labelled(name, args)
     for found, labels in zip(sets, expected):
-        assert [found.label(i) for i in range(len(found))] == labels
+        assert found.labels == labels
         image, label = found[0]
         assert image.shape == (3, 20, 24) and image.dtype == torch.uint8 and label == labels[0]
     assert sets[2] == {
@@ -1107,7 +1112,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 def test_fewer_labels_of_each_class(folder):
     whole, _, _ = finetune.open_labelled(str(folder), parse())
     part, _, _ = finetune.open_labelled(str(folder), parse("--label-fraction", 0.2))
-    labels = [part.label(i) for i in range(len(part))]
+    labels = part.labels
     assert len(whole) == 40 and labels.count(0) == labels.count(1) == 4
     again, _, _ = finetune.open_labelled(str(folder), parse("--label-fraction", 0.2))
     chosen = [[j for _, j, _ in dataset.samples] for dataset in (part, again)]
@@ -1310,8 +1315,9 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         picture(tmp_path / "flat" / split / "a.png")
         picture(tmp_path / "other" / split / "both" / "a.png")
         picture(tmp_path / "other" / split / split / "a.png")
-    run("--encoder", encoder, "--data", folder, "--out", tmp_path / "good", "--epochs", 1)
-    assert "warm-up of 10 epochs is longer than the run" in capsys.readouterr().out
+    flags = ("--encoder", encoder, "--data", folder, "--out", tmp_path / "good")
+    run(*flags, "--epochs", 1, "--warmup-epochs", 10)
+    assert "warm-up of 10 epochs is longer than half of the run" in capsys.readouterr().out
     best = tmp_path / "good" / "best.pt"
     run("--evaluate", best, "--data", folder / "val", "--out", tmp_path / "out")  # test images alone
     capsys.readouterr()
@@ -1323,6 +1329,9 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         (("--data", "nowhere"), "neither a set"),
         (("--data", folder, tmp_path / "x" / folder.name), "would share a folder"),
         (("--evaluate", best, "--data", folder, "cars"), "one set at a time"),
+        (("--evaluate", best, "--image-size", 32), "leave the flag out"),
+        (("--evaluate", best, "--feature", "cls"), "leave the flag out"),
+        (("--evaluate", best, "--mean", 0, 0, 0, "--std", 1, 1, 1), "leave the flag out"),
         (("--evaluate", tmp_path), "no such file"),
         (("--evaluate", encoder), "not a best.pt"),
         (("--predict", folder), "goes with --evaluate"),
@@ -1349,10 +1358,10 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
 # --objects
 # ------------------------------------------------------------------------------------------------------------
 def test_shares_of_attention_on_an_object():
-    """Four patches in a row, the object on the first two and half of the third; CLS, then patches as queries."""
-    masks = torch.zeros(1, 2, 8, dtype=torch.bool)
-    masks[:, :, :5] = True
-    areas = finetune.patch_areas(masks, (1, 4))
+    """Four patches in a row, the object on two and a half of them; queries are CLS and the patches."""
+    boxed = torch.zeros(1, 4, 2, 8, dtype=torch.uint8)
+    boxed[:, 3, :, :5] = 255
+    areas = finetune.patch_areas(boxed, (1, 4))
     assert_close(areas, torch.tensor([[1.0, 1.0, 0.5, 0.0]]))
     attention = torch.tensor([[[0.0, 0, 0.5, 0.5], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]]])
     assert_close(finetune.object_shares(attention, areas), torch.tensor([[0.625, 0.25, 0.5]]))
@@ -1378,16 +1387,19 @@ def test_boxes_are_cropped_as_their_image_is(tmp_path):
     (tmp_path / "val").mkdir()
     Image.fromarray(pixels).save(tmp_path / "val" / "a.png")
     (tmp_path / "val" / "b.png").write_bytes(b"no image")
-    (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\nval/a.png,4,2,9,5\nval/b.png,0,0,3,3\nother,0,0,1,1\n")
+    rows = ["file,x0,y0,x1,y1", "val/a.png,4,2,9,5", "val/b.png,0,0,3,3", "other,0,0,1,1"]
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
     files = data.open_folder(tmp_path)
     boxes = finetune.read_boxes(tmp_path / "boxes.csv", files, tmp_path)
     assert boxes == [[[4, 2, 9, 5]], [[0, 0, 3, 3]]]
-    image, mask, broken = finetune.BoxedImages(files, boxes, [16, 16])[0, 0]
-    assert image.shape == (3, 16, 16) and mask.shape == (16, 16) and not broken
-    assert mask[4:12, :12].all() and mask.sum() == 8 * 12  # twice as large, of 32 columns the middle 16
-    assert image[0, mask].min() > 127 > image[0, ~mask].max()
-    image, mask, broken = finetune.BoxedImages(files, boxes, [16, 16])[0, 1]
-    assert not mask.any() and len(broken) == 1
+    samples = finetune.BoxedImages(files, boxes, [16, 16])
+    boxed, _, broken = samples[0, 0]
+    inside = boxed[3] > 127
+    assert boxed.shape == (4, 16, 16) and not broken
+    assert inside[4:12, :12].all() and inside.sum() == 8 * 12  # twice as large; of 32 columns the middle 16
+    assert boxed[0, inside].min() > 127 > boxed[0, ~inside].max()
+    boxed, _, broken = samples[0, 1]
+    assert not boxed.any() and len(broken) == 1
 
 
 def boxes_of(folder):
@@ -1406,7 +1418,7 @@ def test_objects_compare_encoders(folder, encoder, tmp_path, capsys):
     assert list(results) == [str(encoder), "none"] and results["none"]["all"]["images"] == 8  # of val/
     for numbers in (results[str(encoder)]["all"], results["none"]["small"]):
         assert 0 < numbers["area"] < 0.4 and 0 < numbers["cls"] < 1 and 0 < numbers["patches"] < 1
-    assert "all objects: images 8" in capsys.readouterr().out
+    assert "'all': {'images': 8, 'area': " in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "pictures" / "objects.png") as picture:
         assert picture.size[0] == 5 * (128 + 4) + 4  # the image, and two maps an encoder
 
@@ -1436,3 +1448,100 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
     run("--encoder", encoder, "none", code=2)
     one_line(capsys, "one encoder a run")
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluating_says_which_epoch_it_is_and_what_the_last_one_was(folder, encoder, tmp_path, capsys):
+    flags = ("--encoder", encoder, "--data", folder, "--out", tmp_path / "run")
+    run(*flags, "--epochs", 3, "--max-steps", 5)
+    for words in ("epoch 1 of 3", "is not finished"):
+        capsys.readouterr()
+        run("--evaluate", tmp_path / "run", "--out", tmp_path / "out")
+        assert words in capsys.readouterr().out
+    run(*flags, "--epochs", 3)
+    last = json.loads((tmp_path / "run" / "results.json").read_text())["top1"]
+    capsys.readouterr()
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "out")
+    assert f"after the last epoch it was {last:.2f}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --predict
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(encoder, folder, tmp_path_factory):
+    """A run of one epoch."""
+    out = tmp_path_factory.mktemp("finished")
+    run("--encoder", encoder, "--data", folder, "--epochs", 1, "--out", out)
+    return out
+
+
+def predicted_rows(out):
+    with (out / "predictions.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_predicting_one_image(finished, folder, tmp_path, capsys):
+    image = str(folder / "val" / "class0" / "40.png")
+    run("--evaluate", finished, "--predict", image, "--out", tmp_path)
+    (row,) = predicted_rows(tmp_path)
+    run("--evaluate", finished, "--predict", folder / "val", "--out", tmp_path)
+    assert row[0] == image and row in predicted_rows(tmp_path) and len(predicted_rows(tmp_path)) == 8
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(".csv: ")[2] for line in lines if ".csv: " in line] == [
+        "1 images; 0 broken, left out",
+        "8 images; 0 broken, left out",
+    ]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_files_of_any_name_are_predicted_and_broken_ones_left_out(runs, finished, tmp_path, capsys):
+    names = [os.fsdecode(b"\xff\xe9.png"), "x" * 246 + ".png", 'a,"b".png', "\u00e9\n.png", "black.png"]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (20, 20), "black" if name == "black.png" else "red").save(tmp_path / "images" / name)
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    run("--evaluate", *[finished] * runs, "--predict", tmp_path / "images", "--out", tmp_path)
+    assert sorted(file for file, _, _ in predicted_rows(tmp_path)) == sorted(
+        str(tmp_path / "images" / name) for name in names
+    )
+    assert all(0.5 <= float(probability) <= 1 for _, _, probability in predicted_rows(tmp_path))
+    output = capsys.readouterr()
+    assert "predictions.csv: 5 images; 1 broken, left out" in output.out
+    why = "broken.png (cannot identify image file) is broken; it counts as black, and gets no prediction"
+    assert output.err.count(why) == runs
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_broken_test_image_counts_as_a_black_one(runs, finished, folder, tmp_path):
+    shutil.copytree(folder / "val", tmp_path / "val")
+    broken, tables = tmp_path / "val" / "class1" / "41.png", []
+    for write in (lambda: broken.write_bytes(b"no image"), lambda: Image.new("RGB", (20, 20)).save(broken)):
+        write()
+        run("--evaluate", *[finished] * runs, "--data", tmp_path / "val", "--out", tmp_path / "out")
+        tables.append(list(csv.reader((tmp_path / "out" / "confusion.csv").open())))
+    assert tables[0] == tables[1]
+    assert sum(int(cell) for line in tables[0][1:] for cell in line[1:]) == 8
+
+
+def test_too_many_broken_test_images_stop_it(finished, tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no image")
+    run("--evaluate", finished, "--predict", tmp_path, "--out", tmp_path / "out", code=1)
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "finetune.py: too many broken images: 12 of 12, the first is "
+        f"{tmp_path / '00.png'} (cannot identify image file); repair or remove them"
+    )
+
+
+def test_mistakes_with_predict_are_one_clear_line(finished, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out" / "predictions.csv").mkdir(parents=True)  # in the way
+    for images, code, words in (
+        ("", 2, "--predict : goes with --evaluate RUN, and names images"),
+        ("nowhere", 2, "nowhere: no images in it can be read (No such file or directory)"),
+        (tmp_path / "empty", 2, "no images in it (looked for .jpg"),
+        (folder / "val", 1, "predictions.csv could not be written"),
+    ):
+        capsys.readouterr()
+        run("--evaluate", finished, "--predict", images, "--out", tmp_path / "out", code=code)
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]

@@ -142,7 +142,7 @@ def test_eq_5_mixing_raises_the_mutual_information_if_images_share_something():
     mixing, masking = eq_5(dependence=0, known=True)
     assert mixing == pytest.approx(1) and masking == pytest.approx(1)  # equality: one of two bits
     mixing, masking = eq_5(dependence=0.5, known=True)
-    assert mixing > masking + 0.1 and masking == pytest.approx(1)  # strict for dependent images
+    assert mixing > masking + 0.1 and masking == pytest.approx(1)  # these images are dependent
     mixing, masking = eq_5(dependence=0, known=False)
     assert mixing < masking - 0.1  # no theorem when M is hidden: the mix does not say whose patch is whose
 
@@ -308,6 +308,7 @@ def test_pictures_and_the_accuracy_of_each_layer_with_and_without_topk(flags):
     for method in (model.visualize, model.numbers):
         with pytest.raises(UserError, match="3 images cannot be split into groups of n = 4"):
             method(images[:3])
+    assert not any(layer.record for layer in layers)  # `numbers` has switched it off
 
 
 @pytest.mark.parametrize("mode", ["compose", "full"])
@@ -444,3 +445,17 @@ def test_flags_that_do_not_fit_are_named(flags, words):
 def test_images_that_make_no_groups_are_named():
     with pytest.raises(UserError, match="6 images cannot be split into groups of n = 4"):
         build("mixedae")(images_of(6))
+
+
+@pytest.mark.parametrize("mode, shape", [("compose", (2, 16)), ("full", (2, 4, 16))])
+def test_a_given_mask_must_fit(mode, shape):
+    model, images = build("mixedae", "--mixing-mode", mode), images_of()
+    sources = sources_of(math.prod(shape[:-1])).view(shape)
+    unbalanced = sources.clone()
+    unbalanced[0, ..., 0] = (unbalanced[0, ..., 0] + 1) % 4  # one image has 3 patches, another 5
+    wrong_shape = (sources[:1], sources[..., :8], sources.flatten(), sources.unsqueeze(1))
+    message = f"mask must have shape {shape} and give each of the images 0 to 3 exactly r L = 4 patches"
+    for wrong in (*wrong_shape, unbalanced, sources + 1):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            model.predict(images, wrong)
+    assert torch.equal(model.predict(images, sources)["sources"], sources)

@@ -4,13 +4,17 @@ KILLS=20 pytest tests/test_processes.py -k killed    kills each kind of run twen
 """
 
 import contextlib
+import gc
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +23,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import data
 import dense
 import finetune
+import train
 import vit
 from conftest import ROOT, TINY, run
 from test_cae import ROWS as CAE_ROWS
@@ -36,16 +42,62 @@ KILLS = int(os.environ.get("KILLS", 1))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def command(processes, *flags):
-    launch = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return [*launch, str(ROOT / "train.py"), *TINY, *map(str, flags)]
+# A fresh Python needs seconds to import torch. These processes are forked from one that has done it, and has
+# done nothing else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "finetune", "dense", "conftest", "test_processes"])
+
+
+def enter(program, words, environment, log):
+    """What a forked process does: program.main(words), with all that it says in the file `log`."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    importlib.import_module(program).main(words)
+
+
+class Forked:
+    """`program WORDS` as one process, or as several that find each other as under torchrun."""
+
+    def __init__(self, processes, log, program, *words):
+        self.log = log
+        log.write_text("")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.ranks = []
+        for rank in range(processes):
+            environment = {"OMP_NUM_THREADS": "1"}
+            if processes > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+                names |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                environment |= {name: str(value) for name, value in names.items()}
+            args = (program, list(map(str, words)), environment, log)
+            self.ranks.append(FORKS.Process(target=enter, args=args))
+            self.ranks[-1].start()
+
+    def poll(self):
+        """None while a process lives, as subprocess.Popen has it."""
+        return None if any(rank.is_alive() for rank in self.ranks) else self.ranks[0].exitcode
+
+    def kill(self):
+        for rank in self.ranks:
+            kill_all(rank.pid)
+            rank.join()
+
+    def finish(self, code=0, timeout=300):
+        """Wait for the end -> what was said."""
+        for rank in self.ranks:
+            rank.join(timeout)
+        output = self.log.read_text()
+        assert [rank.exitcode for rank in self.ranks] == [code] * len(self.ranks), output[-3000:]
+        return output
 
 
 def start(*words):
+    """A fresh Python, or torchrun, as a user starts it."""
     return subprocess.Popen(
         words,
         start_new_session=True,
@@ -56,22 +108,22 @@ def start(*words):
     )
 
 
+def to_the_end(*words, code=0):
+    """Start it and wait -> what was said."""
+    process = start(*words)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
 def kill_all(pid):
-    """SIGKILL to a process and all below it: torchrun puts its workers into sessions of their own, out of
-    reach of its group."""
+    """SIGKILL to a process and all below it."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     below = children.read_text().split() if children.exists() else []
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     for child in below:
         kill_all(int(child))
-
-
-def to_the_end(*words, code=0):
-    process = start(*words)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == code, output[-3000:]
-    return output
 
 
 @pytest.mark.parametrize(
@@ -82,42 +134,26 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
     per_epoch = 40 // (batch * processes)
     epochs = 50 * (KILLS + 1) // per_epoch
 
-    def words(name, workers):
-        return command(
-            processes,
-            "--method",
-            "mixedae",
-            "--data",
-            folder / "train",
-            "--out",
-            tmp_path / name,
-            "--batch-size",
-            batch,
-            "--epochs",
-            epochs,
-            "--log-every",
-            5,
-            "--save-every",
-            3,
-            "--workers",
-            workers,
-        )
+    def begin(name, workers):
+        flags = ["--method", "mixedae", "--data", folder / "train", "--out", tmp_path / name]
+        flags += ["--batch-size", batch, "--epochs", epochs, "--log-every", 5, "--save-every", 3]
+        flags += ["--workers", workers]
+        return Forked(processes, tmp_path / f"{name}.txt", "train", *TINY, *flags)
 
     def logged():
         path = tmp_path / "killed" / "log.jsonl"
         return int((re.findall(r'"step": (\d+)', path.read_text()) or [0])[-1]) if path.exists() else 0
 
-    to_the_end(*words("whole", 0))
+    begin("whole", 0).finish(timeout=600)
     steps, killed_in_a_save, reached = checkpoint(tmp_path / "whole")["step"], 0, []
     for kill in range(KILLS):
-        process, target = start(*words("killed", workers)), random.randrange(50 * kill + 1, 50 * (kill + 1))
+        process, target = begin("killed", workers), random.randrange(50 * kill + 1, 50 * (kill + 1))
         while logged() < target and process.poll() is None:
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
         while kill % 2 == 0 and process.poll() is None and not any((tmp_path / "killed").glob("*.pt.tmp")):
             pass  # every other kill comes during a save
-        kill_all(process.pid)
-        process.communicate()
+        process.kill()
         killed_in_a_save += any((tmp_path / "killed").glob("*.pt.tmp"))
         reached.append(checkpoint(tmp_path / "killed")["step"])
     print(
@@ -125,7 +161,7 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
         f"{killed_in_a_save} times during one"
     )
     assert reached[0] < steps
-    to_the_end(*words("killed", workers))
+    begin("killed", workers).finish(timeout=600)
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
     assert without_clock(rows(tmp_path / "killed")) == without_clock(rows(tmp_path / "whole"))
 
@@ -133,70 +169,53 @@ def test_killed_at_random_moments_equals_never_killed(processes, workers, folder
 def test_two_processes_equal_one_for_given_masks(tmp_path):
     """The gradient over a batch is the mean of those over its halves, through the real wrapping: each method,
     each row of the ablations."""
-    script, teacher = tmp_path / "script.py", tmp_path / "teacher.pt"
+    teacher = tmp_path / "teacher.pt"
     torch.save(vit.pack_encoder(vit.ViT((16, 16), 4, 24, 2, 2), "mae", "cls", data.MEAN, data.STD), teacher)
     table = [["mixedae", *flags] for flags in ROWS.values()] + [
         ["cae", "--drop-path", "0", *flags] for flags in CAE_ROWS.values()
     ]
     table += [["mrmae", *flags_of(row, teacher)] for row in MRMAE_ROWS.values()] + [["mae"], ["mixedae"]]
     table += [["mae", *"--patch-size 16 --image-size 64 --stem conv".split()]]
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import gc, torch, train, torch.distributed as dist
-
-for method, *flags in {table!r}:
-    args = train.parse_args(["--method", method, *{TINY!r}, *flags])
-    if not dist.is_initialized():
-        device = train.start_processes(args)
-    torch.manual_seed(0)
-    alone = train.METHODS[method](args)
-    torch.manual_seed(0)
-    wrapped = train.wrap_ddp(train.METHODS[method](args), args, device, [torch.zeros(8, 3, *args.image_size)])
-    assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
-    images = torch.randn(16, 3, *args.image_size)
-    mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
-    alone(images, mask)[0].backward()
-    r = dist.get_rank()
-    wrapped(images[8 * r : 8 * r + 8], mask[len(mask) // 2 * r :][: len(mask) // 2])[0].backward()
-    for (name, p), q in zip(wrapped.module.named_parameters(), alone.parameters()):
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
-    del wrapped
-gc.collect()
-dist.barrier()
-dist.destroy_process_group()
-print("all gradients agree")
-""")
-    output = to_the_end(*TORCHRUN, str(script))
+    output = Forked(2, tmp_path / "log", "test_processes", *map(shlex.join, table)).finish()
     assert output.count("all gradients agree") == 2
 
 
+def main(table):
+    """What each of the two processes does. table: methods with their flags."""
+    for method, *flags in map(shlex.split, table):
+        args = train.parse_args(["--method", method, *TINY, *flags])
+        if not dist.is_initialized():
+            device = train.start_processes(args)
+        torch.manual_seed(0)
+        alone = train.METHODS[method](args)
+        torch.manual_seed(0)
+        example = [torch.zeros(8, 3, *args.image_size)]
+        wrapped = train.wrap_ddp(train.METHODS[method](args), args, device, example)
+        assert all(p.grad is None or not p.grad.any() for p in wrapped.parameters())
+        images = torch.randn(16, 3, *args.image_size)
+        mask = alone.predict(images)["sources" if method == "mixedae" else "mask"]
+        alone(images, mask)[0].backward()
+        r = dist.get_rank()
+        wrapped(images[8 * r : 8 * r + 8], mask[len(mask) // 2 * r :][: len(mask) // 2])[0].backward()
+        for (name, p), q in zip(wrapped.module.named_parameters(), alone.parameters()):
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+        del wrapped
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+    print("all gradients agree", flush=True)
+
+
 def test_under_torchrun_a_mistake_is_said_once():
-    output = to_the_end(
-        *command(2, "--method", "mixedae", "--mixing-ratio", 0.3), code=1
-    )  # torchrun makes 1 of every code
+    words = [*TORCHRUN, str(ROOT / "train.py"), "--method", "mixedae", "--mixing-ratio", "0.3"]
+    output = to_the_end(*words, code=1)  # torchrun makes 1 of every code
     assert sum(line.startswith("train.py: ") for line in output.splitlines()) == 1
 
 
 def test_sigterm_to_torchrun_saves(folder, tmp_path):
-    process = start(
-        *command(
-            2,
-            "--method",
-            "mae",
-            "--data",
-            folder,
-            "--out",
-            tmp_path,
-            "--batch-size",
-            4,
-            "--epochs",
-            100000,
-            "--workers",
-            2,
-        )
-    )
+    flags = ["--method", "mae", "--data", folder, "--out", tmp_path, "--batch-size", 4, "--epochs", 100000]
+    process = start(*TORCHRUN, str(ROOT / "train.py"), *TINY, *map(str, flags), "--workers", "2")
     while not (tmp_path / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -204,7 +223,8 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     assert "the same command resumes" in output and checkpoint(tmp_path)["step"] > 0
 
 
-TRAIN = [sys.executable, str(ROOT / "train.py"), *TINY, "--method", "mae", "--epochs", "100000"]
+ENDLESS = [*TINY, "--method", "mae", "--epochs", "100000"]
+TRAIN = [sys.executable, str(ROOT / "train.py"), *ENDLESS]
 
 
 def wait_for(path, process):
@@ -215,17 +235,16 @@ def wait_for(path, process):
 
 
 def workers_of(process):
-    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    pid = process.ranks[0].pid
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_a_loader_process_that_dies_costs_no_step(folder, tmp_path):
-    process = start(
-        *TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2", "--log-every", "1"
-    )
+    flags = [*ENDLESS, "--data", folder, "--out", tmp_path, "--workers", 2, "--log-every", 1]
+    process = Forked(1, tmp_path / "log", "train", *flags)
     wait_for(tmp_path / "checkpoint.pt", process)
     os.kill(int(workers_of(process)[0]), signal.SIGKILL)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1, output[-2000:]
+    output = process.finish(code=1, timeout=60)
     assert (
         "a loader process failed" in output.splitlines()[-1] and "lower --workers" in output.splitlines()[-1]
     )
@@ -265,10 +284,12 @@ def test_output_may_vanish(folder, tmp_path):
 
 
 def test_a_hang_up_saves(folder, tmp_path):
-    process = start(*TRAIN, "--data", str(folder), "--out", str(tmp_path), "--workers", "2")
+    flags = [*ENDLESS, "--data", folder, "--out", tmp_path, "--workers", 2]
+    process = Forked(1, tmp_path / "log", "train", *flags)
     wait_for(tmp_path / "checkpoint.pt", process)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP and checkpoint(tmp_path)["step"] > 0
+    os.kill(process.ranks[0].pid, signal.SIGHUP)
+    process.finish(code=128 + signal.SIGHUP, timeout=60)
+    assert checkpoint(tmp_path)["step"] > 0
 
 
 def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path, capsys):
@@ -284,7 +305,7 @@ def test_two_processes_train_and_test_a_probe_as_one(folder, tmp_path, capsys):
 
         def output(*flags, processes=processes):
             if processes == 2:
-                return to_the_end(*TORCHRUN, str(ROOT / "finetune.py"), *quick, *map(str, flags))
+                return Forked(2, tmp_path / "log", "finetune", *quick, *flags).finish()
             capsys.readouterr()
             run(*flags, main=finetune.main, defaults=quick)
             return capsys.readouterr().out
@@ -401,7 +422,7 @@ def assert_two_test_as_one(file, tmp_path, task, *flags):
     torch.save(vit.pack_encoder(encoder, "mae", "cls", data.MEAN, data.STD), tmp_path / "encoder.pt")
     quick = ["--task", task, "--device", "cpu", "--workers", "0"]
     words = ["--encoder", tmp_path / "encoder.pt", *flags, "--out", tmp_path / "run", "--epochs", 1]
-    to_the_end(*TORCHRUN, str(ROOT / "dense.py"), *quick, *map(str, words))
+    Forked(2, tmp_path / "log", "dense", *quick, *words).finish()
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "one", main=dense.main, defaults=quick)
     one, two = ((tmp_path / name / file).read_text() for name in ("one", "run"))
     assert one == two and len(one) > 20

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 from functools import partial
@@ -22,7 +24,7 @@ import dense
 import vit
 from conftest import randomize
 from test_train import checkpoint, interrupt_at, one_line
-from vit import ViT
+from vit import UserError, ViT
 
 QUICK = "--task segment --workers 0 --device cpu --epochs 2 --batch-size 4".split()
 CLASSES = ["sky", "road", "tree", "car"]
@@ -37,6 +39,17 @@ def scene(seed, size=(20, 28)):
     image = np.stack([mask * 50, 255 - mask * 50, mask * 20], axis=2) + rng.integers(0, 9, (*size, 3))
     mask[:2] = 0
     return image.astype(np.uint8), mask
+
+
+def write_scenes(root, split, pairs):
+    """{name: (image, mask)} as a split of a set; each is an array or a PIL image."""
+    for part, pictures in zip(("images", "annotations"), zip(*pairs.values())):
+        (root / part / split).mkdir(parents=True)
+        for name, picture in zip(pairs, pictures):
+            if isinstance(picture, np.ndarray):
+                picture = Image.fromarray(picture)
+            kind = "TIFF" if picture.mode in "IF" else "PNG"  # PIL knows a file by its content
+            picture.save(root / part / split / f"{name}.png", kind)
 
 
 def counted(numbers):
@@ -56,12 +69,7 @@ def confusion(out):
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     for split, count in (("training", 12), ("validation", 5)):
-        for part in ("images", "annotations"):
-            (root / part / split).mkdir(parents=True)
-        for i in range(count):
-            image, mask = scene(100 * count + i)
-            Image.fromarray(image).save(root / "images" / split / f"{i:02d}.png")
-            Image.fromarray(mask).save(root / "annotations" / split / f"{i:02d}.png")
+        write_scenes(root, split, {f"{i:02d}": scene(100 * count + i) for i in range(count)})
     (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     return root
 
@@ -81,7 +89,7 @@ def transform(size, scale):
 
 
 def test_ade20ks_layout(scenes, tmp_path):
-    args = argparse.Namespace(data=str(scenes))
+    args = argparse.Namespace(data=str(scenes), first_label=None)
     train_set, test_set = (dense.open_scenes(args, split) for split in ("train", "val"))
     assert (len(train_set), len(test_set)) == (12, 5) and train_set.classes == CLASSES
     image, mask = train_set[3]
@@ -94,7 +102,7 @@ def test_ade20ks_layout(scenes, tmp_path):
 
 
 def test_image_and_mask_stay_together(scenes):
-    train_set = dense.Scenes(scenes, "training", CLASSES)
+    train_set = dense.Scenes(scenes, "training", CLASSES, None)
     large = transform((24, 16), (1.5, 1.5))
     large.rest = lambda image, mask: dense.v2.RandomHorizontalFlip(1.0)(image, mask)  # colours as they are
     right = []
@@ -136,17 +144,103 @@ def test_the_schedule_has_no_jump():
 def test_masks_of_other_kinds(tmp_path):
     image, mask = scene(1)
     mask[3, 3] = 255
-    for part in ("images", "annotations"):
-        (tmp_path / part / "training").mkdir(parents=True)
-    for name, kind in (("a", "L"), ("b", "P"), ("c", "I;16")):
-        Image.fromarray(image).save(tmp_path / "images" / "training" / f"{name}.png")
-        picture = Image.fromarray(mask.astype(np.uint16) if kind == "I;16" else mask)
-        if kind == "P":
-            picture.putpalette(list(range(256)) * 3)
-        picture.save(tmp_path / "annotations" / "training" / f"{name}.png")
-    found = [sample[1] for sample in dense.Scenes(tmp_path, "training", CLASSES)]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert found[0][3, 3] == dense.IGNORE == found[0][0, 0]
+    palette = Image.fromarray(mask)
+    palette.putpalette(list(range(256)) * 3)
+    kinds = {"L": mask, "P": palette, "I;16": mask.astype(np.uint16), "I": mask.astype(np.int32)}
+    kinds["F"] = mask.astype(np.float32)  # of whole numbers
+    write_scenes(tmp_path, "training", {kind: (image, picture) for kind, picture in kinds.items()})
+    for first, classes in (("1", CLASSES), ("0", [*CLASSES, "boat"])):
+        found = [sample[1] for sample in dense.Scenes(tmp_path, "training", classes, first)]
+        assert all(torch.equal(found[0], other) for other in found) and found[0].dtype == torch.uint8
+        assert found[0][3, 3] == dense.IGNORE and found[0][0, 0] == (dense.IGNORE if first == "1" else 0)
+        assert torch.equal(found[0][5:].long(), torch.from_numpy(mask[5:].astype(int)) - int(first))
+
+
+def test_masks_of_one_bit(tmp_path):
+    image, mask = scene(1)
+    bits = Image.fromarray(mask > 2).convert("1", dither=Image.Dither.NONE)
+    write_scenes(tmp_path, "training", {"a": (image, bits)})
+    with pytest.raises(UserError, match="labels .0, 1. and never 2"):
+        dense.Scenes(tmp_path, "training", ["far", "near"], None)
+    found = dense.Scenes(tmp_path, "training", ["far", "near"], "0")[0][1]
+    assert torch.equal(found.bool(), torch.from_numpy(mask > 2)) and found.max() == 1
+
+
+FROM_0 = "give --first-label 0: j is line j + 1", "give --first-label 1"
+EMPTY = "nothing to learn", "255 is always ignored"
+SETS = {  # labels of each mask that was read, how many classes, --first-label; words of the refusal, if any
+    "two classes, from 0": ([{0, 1}] * 9, 2, None, "9 masks", "[0, 1] and never 2, with 2 classes", *FROM_0),
+    "some without 0": ([{0, 1}, {0, 1}, {1}] * 3, 2, None, "[0, 1] and never 2", *FROM_0),
+    "four classes, from 0": (
+        [{0, 1}, {0, 2}, {0, 3, 255}],
+        4,
+        None,
+        "[0, 1, 2, 3, 255] and never 4",
+        *FROM_0,
+    ),
+    "VOC's 21, of which three are not read": (
+        [{0, j, 255} for j in range(1, 18)],
+        21,
+        None,
+        "never 21",
+        *FROM_0,
+    ),
+    "0 and 255": ([{0, 255}] * 9, 2, None, "[0, 255]", *EMPTY),
+    "0 and 255, from 0": ([{0, 255}, {0}] * 9, 2, "0", "[0, 255]", *EMPTY),
+    "0 and 255, from 1": ([{0, 255}] * 9, 2, "1", "[0, 255]", *EMPTY),
+    "0 alone": ([{0}] * 9, 2, None, "[0]", *EMPTY),
+    "255 alone": ([{255}] * 9, 2, "0", "[255]", *EMPTY),
+    "no mask could be read": ([], 2, None, "0 masks", *EMPTY),
+    "two classes": ([{0, 1, 2}] * 9, 2, None),
+    "the last class is rare": ([{0, 1}] * 49 + [{0, 2}], 2, None),
+    "the last class is not read, and 0 is rare": ([{1, 2, 3}] * 6 + [{0, 1}] * 5, 4, None),
+    "the last class is not read, and 0 does not occur": ([{1, 2, 3, 255}] * 9, 4, None),
+    "the last class is not read, as others are not": ([{0, 1}, {0, 2}] * 9, 4, None),
+    "ADE20K's 150, of which 110 are read": ([{0, *range(j, 61 + j)} for j in range(1, 51)], 150, None),
+    "from 1, somebody says": ([{0, 1}] * 9, 2, "1"),
+    "from 0, somebody says": ([{0, 1}] * 9, 2, "0"),
+    "from 0, and of all classes the first alone is read": ([{0}] * 9, 2, "0"),
+}
+
+
+def cases(table, given):
+    """A table's rows as parameters: what is given, and words of the line that answers."""
+    return [pytest.param(*row[:given], row[given:], id=name) for name, row in table.items()]
+
+
+@pytest.mark.parametrize("seen, count, first_label, words", cases(SETS, 3))
+def test_a_set_is_judged_by_the_labels_that_were_read(seen, count, first_label, words):
+    classes = [f"class {k}" for k in range(1, count + 1)]
+    judge = partial(dense.judge_masks, "here", seen, classes, first_label)
+    if not words:
+        return judge()
+    with pytest.raises(UserError) as error:
+        judge()
+    assert all(word in str(error.value) for word in ("here: ", *words)), str(error.value)
+
+
+ONE, ZERO = "are 0 or 255 (ignored) and 1 to 4, whole numbers", "are 255 (ignored) and 0 to 3, whole numbers"
+LABELS = {  # what stands in one pixel of a mask; --first-label; words of the refusal
+    "too large": (np.uint8(9), None, "b.png: has the label 9 (uint8)", ONE),
+    "too large, from 0": (np.uint8(4), "0", "b.png: has the label 4 (uint8)", ZERO),
+    "-1": (np.int32(-1), None, "has the label -1 (int32)", ONE),
+    "-1, from 0": (np.int32(-1), "0", "has the label -1 (int32)", ZERO),
+    "more than 8 bits": (np.uint16(256), "0", "has the label 256 (uint16)", ZERO),
+    "a fraction": (np.float32(0.5), None, "has the label 0.5 (float32)", ONE),
+    "no number": (np.float32(np.nan), None, "has the label nan (float32)", ONE),
+}
+
+
+@pytest.mark.parametrize("label, first_label, words", cases(LABELS, 2))
+def test_a_mask_with_a_label_that_is_none_is_refused(label, first_label, words, tmp_path):
+    image, mask = scene(1)
+    mask = np.where(mask == 0, 255, mask - (first_label == "0")).astype(label.dtype)
+    bad = mask.copy()
+    bad[7, 7] = label
+    write_scenes(tmp_path, "training", {"a": (image, mask), "b": (image, bad)})
+    with pytest.raises(UserError) as error:
+        dense.Scenes(tmp_path, "training", CLASSES, first_label)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_taps_are_the_asked_blocks():
@@ -279,6 +373,67 @@ def test_evaluating_takes_another_window(scenes, encoder, tmp_path):
     assert (confusion(tmp_path / "run") != confusion(tmp_path / "whole")).any()
 
 
+def test_masks_that_count_from_0(scenes, encoder, tmp_path, capsys):
+    """A set is the same to a run, its evaluation and its predictions whether its masks count from 1 (0 is
+    ignored) or from 0 (255 is): but for the numbers in the masks that it writes."""
+
+    def train_and_predict(data, out, *first):
+        run("--encoder", encoder, "--data", data, "--out", out, "--head", "linear", "--epochs", 1, *first)
+        run("--evaluate", out, "--out", out / "masks", "--predict", scenes / "images" / "validation")
+        return np.stack([Image.open(file) for file in sorted((out / "masks").glob("*.png"))])
+
+    root = tmp_path / "from-0"
+    shutil.copytree(scenes, root)
+    for file in root.glob("annotations/*/*.png"):
+        Image.fromarray(np.array(Image.open(file)) - np.uint8(1)).save(file)  # 0 becomes 255
+    run("--encoder", encoder, "--data", root, "--out", tmp_path / "refused", code=2)
+    one_line(
+        capsys,
+        "from-0/annotations/training: the 12 masks",
+        "[0, 1, 2, 3, 255] and never 4",
+        "--first-label 0",
+    )
+    assert not (tmp_path / "refused").exists()
+
+    one, zero, again, other = (tmp_path / name for name in ("one", "zero", "again", "other"))
+    masks = train_and_predict(scenes, one)
+    assert (masks == train_and_predict(root, zero, "--first-label", 0) + 1).all() and 1 in masks
+    run("--evaluate", zero, "--out", again)
+    run("--evaluate", zero, "--data", scenes, "--first-label", 1, "--out", other)
+    assert results(one) == results(zero)
+    assert all((confusion(one) == confusion(out)).all() for out in (zero, again, other))
+
+
+def test_a_share_of_the_training_images(scenes, encoder, tmp_path, monkeypatch):
+    """At least a batch; always the same ones for a seed."""
+
+    def share(*flags):
+        opened = []
+
+        def stop(dataset, *_):
+            opened.append(dataset)
+            raise UserError("enough")
+
+        monkeypatch.setattr(dense, "TrainDataset", stop)
+        flags = ("--head", "linear", "--batch-size", 2, "--accumulate", 2, *flags)
+        run("--encoder", encoder, "--data", scenes, "--out", tmp_path, *flags, code=2)
+        return pickle.loads(pickle.dumps(opened[0]))  # as a loader process gets it
+
+    def names(dataset):
+        return [dataset.name(i) for i in range(len(dataset))]
+
+    whole, half = share(), share("--label-fraction", 0.5)
+    assert len(whole) == 12 and half.classes == CLASSES
+    assert len(set(names(half))) == len(half) == 6 and set(names(half)) < set(names(whole))
+    for i, name in enumerate(names(half)):
+        assert torch.equal(half[i][1], whole[names(whole).index(name)][1])
+    assert names(share("--label-fraction", 0.5, "--epochs", 7, "--lr", 1)) == names(half)
+    assert set(names(share("--label-fraction", 0.5, "--seed", 1))) != set(names(half))
+    least = share("--label-fraction", 0.01)
+    assert len(least) == 4 and set(names(least)) < set(names(half))
+    assert set(names(share("--label-fraction", 1))) == set(names(whole))
+
+
 def test_a_model_that_can_see_the_class_learns_it(scenes, encoder, tmp_path):
     sizes = ("--head-width", 8, "--scale", 1, 1, "--drop-path", 0)
     run("--encoder", encoder, "--data", scenes, "--out", tmp_path, *sizes, "--epochs", 25, "--lr", 3e-3)
@@ -306,7 +461,7 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
         return lambda root: (root / "classes.txt").write_text(text)
 
     for change, *words in (
-        (write_mask((20, 28), 9), "03.png: has the label 9; labels are 0 or 255 (ignored) and 1 to 4"),
+        (write_mask((20, 28), 9), "03.png: has the label 9 (uint8)"),
         (
             write_mask((20, 20), 1),
             "03.png: has the shape (20, 20), its image (after its EXIF rotation) (20, 28)",
@@ -334,7 +489,8 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
         (("--scale", 2, 1), "--scale 2.0 1.0: needs MIN <= MAX"),
         (("--head-width", 0), "--head-width: 0: must be"),
         (("--batch-size", 1), "--batch-size 1"),
-        (("--label-fraction", 0.1), "unrecognized"),
+        (("--label-fraction", 0), "--label-fraction: 0: must be"),
+        (("--first-label", 2), "--first-label: invalid choice"),
         (("--evaluate", "a", "b"), "--evaluate a b: there are no ensembles"),
         (("--evaluate", encoder), "not a best.pt"),
         (("--predict", scenes), "goes with --evaluate"),
@@ -349,10 +505,11 @@ def test_broken_files_are_named_and_do_not_count(scenes, encoder, tmp_path, caps
     (root / "images/validation/01.png").write_bytes(b"no image")
     (root / "annotations/validation/02.png").write_bytes(b"no mask")
     (root / "images/training/05.png").write_bytes(b"no image")
-    run("--encoder", encoder, "--data", root, "--out", out, "--head-width", 8)
+    run("--encoder", encoder, "--data", root, "--out", out, "--head-width", 8, "--label-fraction", 1)
     error = capsys.readouterr().err
-    assert "validation/01.png is broken; it does not count" in error
-    assert "validation/02.png is broken" in error and "training/05.png is broken; another" in error
+    for name in ("validation/01", "validation/02", "training/05"):
+        what = "another image takes its place" if "training" in name else "it does not count"
+        assert re.search(rf"images/{name}.png \(.*\) is broken; {what}", error)
     assert confusion(out).sum() == counted((0, 3, 4))
     run("--evaluate", out, "--predict", root / "images" / "validation", "--out", tmp_path / "out")
     found = sorted(path.name for path in (tmp_path / "out").glob("*.png"))

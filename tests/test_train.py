@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 import data
+import dense
+import finetune
 import train
 import vit
 from conftest import TINY, build, run
@@ -1186,3 +1188,45 @@ def test_help_shows_the_flags_of_the_method(capsys):
         assert left.value.code == 0 and flag in capsys.readouterr().out
     with pytest.raises(UserError):
         train.parse_args(["--method", "mae", "--mixing-ratio", ".5"])
+
+
+def test_the_default_warm_up_is_a_part_of_the_run():
+    for program, flags, epochs, warmup in (
+        (train, "--method mae", 3, 1),
+        (train, "--method mae", 1, 1 / 3),
+        (train, "--method mae", 100, 1),
+        (finetune, "--protocol linear", 90, 10),
+        (finetune, "--protocol linear", 9, 3),
+        (finetune, "--protocol finetune", 2, 2 / 3),
+        (dense, "--task segment", 5, 0.5),
+        (dense, "--task detect", 1, 0.1),
+    ):
+        args = program.parse_args([*flags.split(), "--epochs", str(epochs)])
+        assert args.warmup_epochs == pytest.approx(warmup)
+        args = program.parse_args([*flags.split(), "--epochs", str(epochs), "--warmup-epochs", "40"])
+        assert args.warmup_epochs == 40
+
+
+def test_more_epochs_for_a_finished_run_start_from_its_weights(folder, tmp_path, capsys):
+    flags = ("--method", "mae", "--data", folder, "--out", tmp_path / "run")
+    run(*flags, "--epochs", 1)
+    capsys.readouterr()
+    run(*flags, "--epochs", 2, code=2)
+    one_line(capsys, "epochs 1 (now 2)", f"--init {tmp_path / 'run' / 'checkpoint.pt'}")
+
+
+def test_the_last_line_recommends_a_command_that_works(folder, tmp_path, capsys):
+    """Without labels, or without images to test on, a probe on the same set would fail."""
+    for data, words in ((folder, f"--data {folder}"), (folder / "train", "--data SET (labelled")):
+        run("--method", "mae", "--data", data, "--epochs", 1, "--out", tmp_path / data.name)
+        assert words in capsys.readouterr().out.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--batch-size 64", "--init nothing.pt", "--data nowhere", "--method cae --target dvae:nothing.pt"]
+    + ["--mixing-ratio .3", "--topk 1e-9"],
+)
+def test_a_failed_start_leaves_no_folder(flags, folder, tmp_path):
+    run("--method", "mixedae", "--data", folder, "--out", tmp_path / "run", *flags.split(), code=2)
+    assert not (tmp_path / "run").exists()
