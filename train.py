@@ -273,8 +273,10 @@ def train_loop(run, dataset, test):
             code=1,
         )
     if state["step"] < batches.steps:
+        limit = ", with a larger --max-steps or none" if state["step"] == args.max_steps else ""
         print_rank0(
             f"stopped after {done}; {args.out} holds the last checkpoint; the same command resumes from it"
+            f"{limit}"
         )
     save_failed = run.folder is not None and run.folder.failed
     if mean_over_processes({"failed": save_failed}, run.device)["failed"]:
