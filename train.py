@@ -1092,8 +1092,11 @@ def start_processes(args):
 
     # Join the others. NCCL wants to know the card of each process.
     backend, options = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {})
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}; start with torchrun, or unset RANK")
     dist.init_process_group(backend, **options)
     return device
 

@@ -1230,3 +1230,9 @@ def test_the_last_line_recommends_a_command_that_works(folder, tmp_path, capsys)
 def test_a_failed_start_leaves_no_folder(flags, folder, tmp_path):
     run("--method", "mixedae", "--data", folder, "--out", tmp_path / "run", *flags.split(), code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_without_companions(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    run("--method", "mae", "--data", folder, "--out", tmp_path / "run", code=2)
+    one_line(capsys, "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT", "unset RANK")
