@@ -442,9 +442,12 @@ def open_sets(args):
         return open_torchvision(args)
     path = Path(args.data)
     if os.path.isdir(args.data):  # "" is none, but Path("") is the folder we are in
+        folders = {}  # name in small letters -> folder
+        with contextlib.suppress(OSError):  # `open_folder` will say it
+            folders = {folder.name.lower(): folder for folder in path.iterdir() if folder.is_dir()}
         for val in ("val", "valid", "validation", "test"):
-            if os.path.isdir(path / "train") and os.path.isdir(path / val):
-                return open_folder(path / "train"), open_folder(path / val)
+            if {"train", val} <= folders.keys():
+                return open_folder(folders["train"]), open_folder(folders[val])
         return open_folder(path), None
     if path.suffix == ".txt" and os.path.isfile(path):
         return open_list(path), None

@@ -629,8 +629,15 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
     model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
     checkpoint = Path(args.out, "checkpoint.pt")
     if checkpoint.exists():
+        given = copy.deepcopy(model.encoder.state_dict())
         with contextlib.suppress(RuntimeError, ValueError):  # `resume` will say why it does not fit
             load_strictly(model, load_checkpoint(checkpoint, args)["model"])
+        same = all(value.equal(given[name]) for name, value in model.encoder.state_dict().items())
+        if model.frozen and not same:
+            print_rank0(
+                f"note: {args.encoder} has other weights than when {args.out} began; it goes on with its "
+                f"own, and another --out would take the new ones"
+            )
 
     # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
     prepare = model.prepare
@@ -800,6 +807,8 @@ def evaluate(args, device):
         write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", report(folder, p, dataset, metric))
         return 0
     read = ~p[:, :1].isnan()  # (N, 1)
+    if not read.any():
+        raise UserError(f"--predict {args.predict}: none of its {len(p)} images can be read")
     shown = F.one_hot(p.argmax(dim=1), len(dataset.classes)).bool() | ((p >= 0.5) & (metric == "map11"))
     shown &= read
     rows = [[files.paths[i], dataset.classes[c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist()]
@@ -840,16 +849,20 @@ class BoxedImages(TrainDataset):
 
 def read_boxes(path, dataset, folder):
     """A table with the columns file (relative to the set's folder), x0, y0, x1, y1 (pixels, ends included);
-    several rows of a file count as one object -> for each sample of the set a list of boxes."""
+    several rows of a file count as one object -> for each sample of the set a list of boxes, which is empty
+    if the table has none."""
     boxes = defaultdict(list)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            if not {"file", "x0", "y0", "x1", "y1"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"its columns are {rows.fieldnames}")
+            for row in rows:
                 x0, y0, x1, y1 = box = [int(row[corner]) for corner in ("x0", "y0", "x1", "y1")]
                 if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-                    raise ValueError(f"the box of {row['file']} is {box}")
+                    raise ValueError(f"the box of {row['file']} is {box}, not two corners")
                 boxes[os.path.normpath(row["file"])].append(box)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
             f"--objects {path}: is no table of file,x0,y0,x1,y1 in whole pixels ({one_line(error)})"
         ) from None
@@ -857,12 +870,15 @@ def read_boxes(path, dataset, folder):
     # Find those of each sample.
     names = [os.path.relpath(dataset.name(i), folder) for i in range(len(dataset))]
     without = [name for name in names if name not in boxes]
-    if without:
+    said = f"{len(without)} of {len(names)} images have no box, such as {without[:1]}"
+    if len(without) == len(names):
         raise UserError(
-            f"--objects {path}: {len(without)} of {len(names)} images have no box, such as {without[0]}; its "
-            f"files must be relative to --data {folder}"
+            f"--objects {path}: {said}; its files are like {next(iter(boxes), None)}, and must be relative "
+            f"to --data {folder}"
         )
-    return [boxes[name] for name in names]
+    if without:
+        print_rank0(f"note: {said}; they do not count")
+    return [boxes.get(name, []) for name in names]
 
 
 def patch_attention(encoder, images):
@@ -1217,6 +1233,11 @@ def open_encoder(args):
         sizes = sizes.parse_args([], argparse.Namespace(**given))
         resolve_sizes(sizes)
         encoder = build_encoder(sizes)
+        print_rank0(
+            f"encoder none: random weights, {encoder.width} wide, {sizes.depth} blocks, images of "
+            f"{' x '.join(map(str, encoder.config['image_size']))} pixels, patches of {encoder.patch_size}; "
+            f"--size, --image-size and --patch-size make it like another"
+        )
     else:
         state = load_file(path)
         if not isinstance(state, dict):

@@ -706,6 +706,7 @@ def run_loop(run, argv, header, dataset, test):
             f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = "
             f"{batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
             f"{args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {state['step']}"
+            + ("; so few teach little: --epochs, or a smaller --batch-size" if batches.steps < 100 else "")
         )
     return train_loop(run, dataset, test)
 
@@ -764,7 +765,8 @@ def pretrain(args, argv, device):
     if grey and (len(set(args.mean)) > 1 or len(set(args.std)) > 1):
         print_rank0(
             f"note: {grey} of {len(images)} sampled images are grey; with a mean and deviation a channel "
-            f"they are no longer so once normalised: --mean .5 .5 .5 --std .25 .25 .25 keeps them grey"
+            f"they are no longer so once normalised. In a grey set --mean .5 .5 .5 --std .25 .25 .25 "
+            f"keeps them grey"
         )
 
     # Train.

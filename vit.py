@@ -765,11 +765,19 @@ def load_file(path, allowed=()):
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path}: is no regular file; give a file of weights")  # a pipe would be waited for
     try:
+        # Name the commonest mistake: neither a zip archive nor a pickle.
+        with open(path, "rb") as file:
+            if file.read(2)[:1] not in (b"P", b"\x80"):
+                raise UserError(f"{path}: not written by torch.save, so not opened; give a file of weights")
+
         # Published files hold their flags in a Namespace, which does nothing.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}; give a file of weights") from None
+        what = f"{error.strerror.lower()}; give a file of weights, such as RUN/encoder.pt of a train.py run"
+        raise UserError(f"{path}: {what}") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds more than tensors and plain values, or a whole module as torch before 1.6 wrote "

@@ -298,7 +298,7 @@ def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied", str(args[0]))
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "Valid"])
 def test_split_folders(val, tmp_path):
     for split in ("train", val):
         (tmp_path / split / "a").mkdir(parents=True)

@@ -1435,7 +1435,7 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         (tmp_path / name).write_text(text)
     cases = (
         ((tmp_path / "missing", "--data", folder), "No such file"),
-        ((tmp_path / "no_table", "--data", folder), "no table of file,x0,y0,x1,y1"),
+        ((tmp_path / "no_table", "--data", folder), "its columns are ['hello']"),
         ((tmp_path / "corners", "--data", folder), "[9, 9, 2, 2]"),
         ((tmp_path / "normalised", "--data", folder), "whole pixels"),
         ((tmp_path / "other_files", "--data", folder), "8 of 8 images have no box"),
@@ -1545,3 +1545,26 @@ def test_mistakes_with_predict_are_one_clear_line(finished, folder, tmp_path, ca
         capsys.readouterr()
         run("--evaluate", finished, "--predict", images, "--out", tmp_path / "out", code=code)
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_image_without_a_box_does_not_count(folder, encoder, tmp_path, capsys):
+    lines = boxes_of(folder).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.startswith("file") or "val/" in line][:-1]
+    (tmp_path / "boxes.csv").write_text("".join(kept))
+    flags = ("--objects", tmp_path / "boxes.csv", "--data", folder, "--encoder", encoder)
+    run(*flags, "--out", tmp_path / "out")
+    assert "note: 1 of 8 images have no box" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results[str(encoder)]["all"]["images"] == 7
+
+
+def test_a_probe_says_that_its_encoder_has_changed(folder, encoder, tmp_path, capsys):
+    packed = torch.load(encoder)
+    torch.save(packed, tmp_path / "encoder.pt")
+    flags = ("--encoder", tmp_path / "encoder.pt", "--data", folder, "--epochs", 1, "--out", tmp_path / "run")
+    run(*flags)
+    packed["state_dict"]["norm.weight"] += 1
+    torch.save(packed, tmp_path / "encoder.pt")
+    capsys.readouterr()
+    run(*flags)
+    assert "has other weights than when" in capsys.readouterr().out
