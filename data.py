@@ -141,7 +141,7 @@ def decode(path):
     if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, struct.error):
             warnings.simplefilter("ignore", DeprecationWarning)
-            if jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
+            if jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
                 return torchvision.io.decode_image(
                     torch.from_numpy(data), mode="RGB", apply_exif_orientation=True
                 )
@@ -749,8 +749,10 @@ def picture_sheet(panels):
 
 
 def round_ticks(low, high):
-    """Two to seven round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
-    span = max(high - low, 1e-9)
+    """Up to seven round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    if low == high:
+        return np.array([low])
+    span = high - low
     power = 10.0 ** math.floor(math.log10(span / 6))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
     return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)

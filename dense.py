@@ -1028,6 +1028,8 @@ def judge_masks(where, seen, classes, first_label):
     than .8 of the numbers occur. Where many are missing, as of ADE20K's 150 classes in 50 masks, the last one
     says nothing.
     """
+    if not seen:
+        raise UserError(f"{where}: none of the masks that were tried can be read")
     labels, k = set().union(*seen), len(classes)
     said = f"{where}: the {len(seen)} masks that could be read hold the labels {sorted(map(int, labels))}"
     if labels <= {0, IGNORE} and (labels != {0} or first_label != "0"):

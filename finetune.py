@@ -389,7 +389,7 @@ class CachedFeatures(torch.utils.data.TensorDataset):
         return *super().__getitem__(index[1]), []
 
 
-def read_batches(dataset, chunks, args, device, consequence="it counts as black, and gets no prediction"):
+def read_batches(dataset, chunks, args, device, consequence):
     """The given chunks (lists of indices) as batches (images, labels) on the device. Broken samples are
     named, with the consequence; more than 10 and more than 1 % of them stop the run."""
     broken, indices = BrokenImages(consequence), [[(0, i) for i in chunk] for chunk in chunks]
@@ -414,7 +414,8 @@ def predict_dataset(function, dataset, args, device):
     chunks, rank = torch.arange(len(dataset)).split(args.batch_size), dist.get_rank()
     mine = chunks[rank % len(chunks) :: dist.get_world_size()]
     out = None
-    batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device)
+    consequence = "it is left out" if args.predict or args.objects else "it counts as a black image"
+    batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device, consequence)
     for chunk, (images, broken) in zip(mine, batches):
         with inference(args, device):
             values = function(images).float()
@@ -641,7 +642,10 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
 
     # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
     prepare = model.prepare
+    folder = None
     if model.frozen and args.cache_features:
+        # Take the run's folder before the long work, not after it.
+        folder = RunFolder(args.out) if dist.get_rank() == 0 else None
         model.eval()
         train_samples = cache_features(model, train_set, args, device)
         test_samples = cache_features(model, test_set, args, device)
@@ -670,6 +674,7 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         schedule=lr_at,
         prepare=prepare,
         export=dict,
+        folder=folder,
     )
     header = (
         f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} "
@@ -754,9 +759,10 @@ def load_finished(path, args, device, build):
             raise UserError(f"--{flag} {value}: {file} has {own.get(flag)}; leave the flag out")
 
     # Say what it is: its own test set chose it, so its number there is too good.
-    last = "the run is not finished"
+    last = "beside it lies no results.json, so the run is not finished"
     with contextlib.suppress(OSError, ValueError, KeyError):
         results = json.loads((file.parent / "results.json").read_text())
+        results[f"best_{saved['metric']}"]  # --evaluate writes none
         last = f"after the last epoch it was {results[saved['metric']]:.2f}"
     print_rank0(
         f"{file}: epoch {saved.get('epoch', 'unknown')} of {saved['args']['epochs']}, the best of its run by "
@@ -909,10 +915,12 @@ def object_shares(attention, areas):
 
 def average_shares(shares):
     """shares (images, 3) of `object_shares` -> their means over all images, and over those with a small
-    object, as results.json has them."""
+    object, as results.json has them. The smallest objects hold no whole patch and are missing in "patches";
+    "patches_area" is the area of the others, which is what even attention of patches would give."""
     area, numbers = shares[:, 0], {}
+    shares = torch.cat([shares, torch.where(shares[:, 2:].isnan(), math.nan, shares[:, :1])], dim=1)
     for name, chosen in (("all", area > 0), ("small", (area > 0) & (area < SMALL))):
-        means = zip(("area", "cls", "patches"), shares[chosen].nanmean(dim=0).tolist())
+        means = zip(("area", "cls", "patches", "patches_area"), shares[chosen].nanmean(dim=0).tolist())
         known = {key: round(mean, 4) for key, mean in means if not math.isnan(mean)}
         numbers[name] = {"images": int(chosen.sum()), **known}
     return numbers
@@ -930,7 +938,7 @@ def object_panels(encoder, attention, areas, images):
 def measure_objects(args, device):
     """--objects: the same held-out images for every encoder, at the encoder's own image size; nothing is
     trained -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png
-    shows what `object_panels` draws, on eight images with a small object."""
+    shows what `object_panels` draws, on eight images, those with a small object first."""
     # Open the encoders, the images and their boxes.
     opened = {}
     for path in args.encoder:
@@ -942,7 +950,7 @@ def measure_objects(args, device):
     table = args.objects if Path(args.objects).exists() else Path(folder, args.objects)
     boxes = read_boxes(table, dataset, folder)
 
-    results, panels = {}, {}
+    results, panels, ids = {}, {}, None
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     for number, (path, (encoder, info, _)) in enumerate(opened.items(), start=1):
         encoder.to(device).eval()
@@ -958,13 +966,15 @@ def measure_objects(args, device):
         print_rank0(f"{path}: {results[path]}")
 
         # Draw, beside the image with all but the box darkened.
-        small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
-        ids = torch.cat([order[small], order[~small]])[:8].tolist()
+        if ids is None:
+            small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
+            ids = torch.cat([order[small], order[~small]])[:8].tolist()
+            print_rank0(f"{int((shares[:, 0] > 0).sum())} of {len(dataset)} images count")
         boxed, _, _ = collate([samples[0, i] for i in ids])  # (b, 4, height, width)
         panels.setdefault("image, box", boxed[:, :3] / 255 * (0.3 + 0.7 * (boxed[:, 3:] > 127)))
         with torch.no_grad():
             attention, areas = look(boxed.to(device))
-        name = Path(path).parent.name if Path(path).name == "encoder.pt" else Path(path).stem
+        name = Path(path).resolve().parent.name if Path(path).name == "encoder.pt" else Path(path).stem
         for title, maps in object_panels(encoder, attention.cpu(), areas.cpu(), panels["image, box"]).items():
             panels[f"{number} {name[:18]}\n{title}"] = maps
 
@@ -1080,6 +1090,8 @@ def parse_args(argv=None):
     args.data = args.data or ([] if args.evaluate else ["shapes"])
     args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
+    if args.objects == "" or args.objects and args.evaluate:
+        parser.error("--objects: wants a table of boxes, and goes without --evaluate")
     if args.objects and (len(args.data) > 1 or args.data[0] in (*NAMES, *SETS)):
         parser.error(f"--objects: takes one folder, not --data {' '.join(args.data)}")
     if not args.objects and len(args.encoder) > 1:

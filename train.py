@@ -643,7 +643,7 @@ def resume(run):
     finished = saved["step"] == saved["steps"]
     if changed:
         advice = "use those, or another --out for a new run"
-        if finished and hasattr(run.args, "init"):
+        if finished and hasattr(run.args, "init") and hasattr(run.model, "encoder"):
             advice += f" (to train on from its weights: --init {path})"
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; {advice}")
     old, new = saved["dataset"], run.dataset
@@ -681,7 +681,7 @@ def resume(run):
 def run_loop(run, argv, header, dataset, test):
     """Go on with the run if it was begun, say what is about to happen, train -> exit code."""
     # Take the folder, not earlier: a start that fails before this leaves none behind.
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and run.folder is None:
         run.folder = RunFolder(run.args.out)
     resume(run)
     dist.barrier()  # all have read the checkpoint before rank 0 writes the next
@@ -718,7 +718,7 @@ def load_weights(model, path):
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
     try:
-        if "state_dict" in state:  # encoder.pt
+        if {"config", "state_dict"} <= state.keys():  # encoder.pt
             weights = {f"encoder.{name}": value for name, value in state["state_dict"].items()}
             shape = state.get("config", {})
         elif "global_batch" in state:  # checkpoint.pt
