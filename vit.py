@@ -765,10 +765,10 @@ def load_file(path, allowed=()):
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"{path}: is no regular file; give a file of weights")  # a pipe would be waited for
     try:
-        # Name the commonest mistake: neither a zip archive nor a pickle.
+        # Name the commonest mistake: a file that begins neither as a zip archive nor as a pickle.
         with open(path, "rb") as file:
-            if file.read(2)[:1] not in (b"P", b"\x80"):
-                raise UserError(f"{path}: not written by torch.save, so not opened; give a file of weights")
+            if file.read(1) not in (b"P", b"\x80"):
+                raise UserError(f"{path}: truncated, or not written by torch.save: not opened; give weights")
 
         # Published files hold their flags in a Namespace, which does nothing.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
