@@ -730,9 +730,9 @@ def heat_map(maps, images):
     return (3 * heat - channels([0, 1, 2], heat)).clamp(0, 1)
 
 
-def picture_sheet(panels):
+def picture_sheet(panels, legend=()):
     """{title: (B, 3, height, width) in [0, 1]} -> one PIL image: a row per image, a titled column per panel,
-    enlarged if small."""
+    enlarged if small. legend: pairs of a name and its colour (three numbers to 255), a line each below."""
     # Lay the pictures out on a grid.
     pictures = torch.stack([panel.float().cpu() for panel in panels.values()], dim=1)  # (B, k, 3, ..)
     zoom = max(1, round(128 / pictures.shape[-2]))
@@ -740,11 +740,16 @@ def picture_sheet(panels):
     grid = make_grid(pictures, nrow=len(panels), padding=4, pad_value=1)
     grid = v2.functional.to_pil_image(grid)
 
-    # Write the titles above.
+    # Write the titles above, and the legend below.
     head = 4 + 15 * max(title.count("\n") + 1 for title in panels)
-    sheet = ImageOps.expand(grid, (0, head, 0, 0), "white")
+    sheet = ImageOps.expand(grid, (0, head, 0, 15 * len(legend)), "white")
+    draw = ImageDraw.Draw(sheet)
     for i, title in enumerate(panels):
-        ImageDraw.Draw(sheet).text((4 + i * (pictures.shape[-1] + 4), 2), title, "black")
+        draw.text((4 + i * (pictures.shape[-1] + 4), 2), title, "black")
+    for i, (name, colour) in enumerate(legend):
+        y = head + grid.height + 15 * i
+        draw.rectangle([4, y, 14, y + 10], tuple(colour))
+        draw.text((20, y), name, "black")
     return sheet
 
 

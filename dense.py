@@ -549,8 +549,9 @@ class Task:
             "metric": self.metric,
         }
 
-    def draw_examples(self, folder, name):
-        """pictures/NAME: image, truth if it is known, and prediction of up to eight test images."""
+    def draw_examples(self, folder, name, legend=()):
+        """pictures/NAME: image, truth if it is known, and prediction of up to eight test images. legend: see
+        `picture_sheet`."""
         count, rows = len(self.test_set), []
         for _, image, truth in self.each_image("it is not drawn", range(0, count, math.ceil(count / 8))):
             row = {"image": squared(image)}
@@ -560,7 +561,7 @@ class Task:
             rows.append(row)
         if rows:
             panels = {title: torch.stack([row[title] for row in rows]) / 255 for title in rows[0]}
-            folder.write_picture(name, picture_sheet(panels))
+            folder.write_picture(name, picture_sheet(panels, legend))
 
 
 class Segmentation(Task):
@@ -597,7 +598,8 @@ class Segmentation(Task):
         # Write, and summarise.
         if folder:
             write_confusion(folder, matrix, classes)
-            self.draw_examples(folder, "segmentation.png")
+            legend = list(zip(classes, PALETTE.tolist()))[:20]  # of ADE20K's 150, the first
+            self.draw_examples(folder, "segmentation.png", legend)
         return segmentation_metrics(matrix.cpu())
 
     def paint(self, image, classes):

@@ -552,6 +552,16 @@ def test_a_line_goes_through_its_points():
         assert np.sign(slope) == sign and np.ptp(columns) > 300 and np.ptp(rows) > 150
 
 
+def test_a_legend_stands_below_the_pictures():
+    panels = {"a": torch.rand(2, 3, 64, 64)}
+    plain = np.array(data.picture_sheet(panels))
+    pixels = np.array(data.picture_sheet(panels, [("one", [255, 0, 0]), ("two", [0, 0, 255])]))
+    assert pixels.shape == (len(plain) + 30, *plain.shape[1:]) and (pixels[: len(plain)] == plain).all()
+    below = pixels[len(plain) :]
+    assert (below[5, 8] == [255, 0, 0]).all() and (below[20, 8] == [0, 0, 255]).all()
+    assert (below[:15, 20:] < 128).any() and (below[15:, 20:] < 128).any()  # their names
+
+
 def test_ticks_are_round_numbers():
     for low, high in ((0.414, 0.678), (1, 4), (3, 1234), (-1, 1), (0.0001, 0.00012)):
         ticks = data.round_ticks(low, high)
