@@ -41,6 +41,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -79,6 +80,7 @@ from data import (
     open_folder,
     picture_sheet,
     seed_of,
+    writing,
 )
 from finetune import (
     add_encoder_args,
@@ -608,11 +610,18 @@ class Segmentation(Task):
 
     def predict_files(self, root, folder):
         """--predict: masks with the files' names, numbered as the training masks are."""
+        files = ["-".join(Path(path).relative_to(root).parts) for path in self.test_set.paths]
+        stems = Counter(Path(file).stem for file in files)
         for i, image, _ in self.each_image("it gets no mask"):
             labels = self.predict(image) + (self.args.first_label != "0")
             mask = Image.fromarray(labels.byte().cpu().numpy())
-            name = Path(self.test_set.name(i)).relative_to(root).with_suffix(".png")
-            mask.save(Path(self.args.out, "-".join(name.parts)))
+
+            # Keep the ending in the name where files differ in it alone, and shorten what no disk takes.
+            stem = Path(files[i]).stem
+            name = stem if stems[stem] == 1 else files[i]
+            path = Path(self.args.out, f"{name[-250:]}.png")
+            with writing(path):
+                mask.save(path)
 
 
 class Detection(Task):
@@ -775,8 +784,11 @@ def evaluate(args, device):
     dist.barrier()  # the folder is there for all
 
     # Open the images.
+    root = args.predict
     if args.predict:
-        test_set = open_folder(args.predict)
+        single = Path(root).is_file()
+        test_set = ImageFiles([root]) if single else open_folder(root)
+        root = Path(root).parent if single else root
         test_set.classes, test_set.category_ids = saved["classes"], saved["category_ids"]
     else:
         test_set = open_set(args, "val")
@@ -786,7 +798,7 @@ def evaluate(args, device):
 
     # Predict, or test.
     if args.predict:
-        task.predict_files(args.predict, folder)
+        task.predict_files(root, folder)
         print_rank0(f"{args.out}: what is found in {len(test_set)} images of {args.predict}")
         return 0
     results = task.results(folder)

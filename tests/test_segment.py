@@ -516,6 +516,19 @@ def test_broken_files_are_named_and_do_not_count(scenes, encoder, tmp_path, caps
     assert found == ["00.png", "02.png", "03.png", "04.png"]
 
 
+def test_every_file_gets_a_mask_of_its_own_whatever_its_name(scenes, encoder, tmp_path):
+    run("--encoder", encoder, "--data", scenes, "--out", tmp_path / "run", "--head", "linear", "--epochs", 1)
+    root, long = tmp_path / "named", "n" * 246
+    (root / "in").mkdir(parents=True)
+    for name in ("a.jpg", "a.png", "in/b.png", f"{long}.png"):
+        Image.fromarray(scene(500)[0]).save(root / name)
+    run("--evaluate", tmp_path / "run", "--predict", root, "--out", tmp_path / "out")
+    found = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert found == {"a.jpg.png", "a.png.png", "in-b.png", f"{long}.png"}
+    run("--evaluate", tmp_path / "run", "--predict", root / "a.jpg", "--out", tmp_path / "single")
+    assert [path.name for path in (tmp_path / "single").glob("*.png")] == ["a.png"]
+
+
 def test_shapes_and_convolution_stages(tmp_path, monkeypatch):
     monkeypatch.setitem(dense.DRAWN, "train", 16)
     monkeypatch.setitem(dense.DRAWN, "val", 6)
