@@ -1064,6 +1064,8 @@ def parse_args(argv=None, base=()):
     args = parser.parse_args(argv, parser.parse_known_args(base)[0])
     args.out = args.out or f"runs/{method}"
     resolve_warmup(args, most=1)
+    if args.init == "":
+        parser.error("--init: an empty name; give a file of weights, or leave the flag out")
     if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
     resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))

@@ -803,6 +803,8 @@ MISTAKES = [  # flags as typed, a word of the line that answers them
     ("--method mea", "mae"),
     ("--size giant", "large"),
     ("--data imagenot", "neither a set"),
+    ("--data=", "neither a set"),
+    ("--init=", "an empty name"),
     ("--epoch 3", "unrecognized"),
     ("--epochs 0", "whole number from 1"),
     ("--epochs 1e400", "whole number from 1"),
