@@ -190,7 +190,7 @@ SETS = {  # labels of each mask that was read, how many classes, --first-label; 
     "0 and 255, from 1": ([{0, 255}] * 9, 2, "1", "[0, 255]", *EMPTY),
     "0 alone": ([{0}] * 9, 2, None, "[0]", *EMPTY),
     "255 alone": ([{255}] * 9, 2, "0", "[255]", *EMPTY),
-    "no mask could be read": ([], 2, None, "0 masks", *EMPTY),
+    "no mask could be read": ([], 2, None, "can be read"),
     "two classes": ([{0, 1, 2}] * 9, 2, None),
     "the last class is rare": ([{0, 1}] * 49 + [{0, 2}], 2, None),
     "the last class is not read, and 0 is rare": ([{1, 2, 3}] * 6 + [{0, 1}] * 5, 4, None),
