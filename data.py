@@ -77,8 +77,8 @@ def seed_of(*what):
 
 
 def seed_torch(*what):
-    """Seed torch's generators with a function of `what`.
-    (torch.manual_seed does the same at a hundred times the cost.)"""
+    """Seed torch's generators with a function of `what`. (torch.manual_seed does the same at a hundred times
+    the cost.)"""
     torch.default_generator.manual_seed(seed_of(*what))
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed_of(*what))

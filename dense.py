@@ -1,5 +1,5 @@
-"""What a pre-trained encoder is worth where every pixel
-counts: semantic segmentation, and detection with masks.
+"""What a pre-trained encoder is worth where every pixel counts: semantic segmentation, and detection with
+masks.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> finetune -> **dense**.
 

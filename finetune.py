@@ -168,12 +168,11 @@ class AttentiveHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder and what its protocol trains: forward(inputs,
-    targets) -> loss (), {} and logits(inputs) -> (B, classes).
+    """An encoder and what its protocol trains: forward(inputs, targets) -> loss (), {} and logits(inputs) ->
+    (B, classes).
 
-    inputs: normalised images (B, 3, height, width), or
-    with cached features what `features` returned for them.
-    fc_norm: weights of the LayerNorm for mean features, from a fine-tuned file, or None.
+    inputs: normalised images (B, 3, height, width), or with cached features what `features` returned for
+    them. fc_norm: weights of the LayerNorm for mean features, from a fine-tuned file, or None.
     """
 
     def __init__(self, encoder, info, fc_norm, args, classes, multi_label):
@@ -307,8 +306,8 @@ RATES = {
 
 
 def build_optimizer(model, args):
-    """AdamW with layer decay (MAE's code), LARS (MAE's code),
-    or SGD with Nesterov momentum (CAE Appendix A, its code)."""
+    """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A,
+    its code)."""
     if args.protocol == "finetune":
         groups = layer_decay_groups(model, args.layer_decay, args.weight_decay)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -363,8 +362,8 @@ class EvalDataset(TrainDataset):
     """(epoch, i) -> (image, whether it is broken, broken names) for testing: every sample counts once, so a
     broken image is shown black, and named.
 
-    The transform is MAE's: 256 pixels for 224, then the
-    centre. An image that has the size already stays as it is.
+    The transform is MAE's: 256 pixels for 224, then the centre. An image that has the size already stays as
+    it is.
     """
 
     def __init__(self, dataset, image_size):
@@ -587,8 +586,8 @@ class Task:
 
     @torch.no_grad()
     def show_attention(self, folder):
-        """pictures/attention.png: where the learned query looks
-        (CAE Fig. 5), heads averaged, on eight test images."""
+        """pictures/attention.png: where the learned query looks (CAE Fig. 5), heads averaged, on eight test
+        images."""
         model, attention = self.model.eval(), self.model.head.attn
         images, _ = fixed_images(self.test_set, self.args.image_size, 8)
         attention.record = True
@@ -684,9 +683,8 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
 
 
 def run_task(run, argv, header, dataset, task):
-    """Train, then test once more -> (exit code, what results.json
-    holds or, of a run that is not at its end, None).
-    task: has test(run, epoch_ends), results(folder) and metric, as `Task`."""
+    """Train, then test once more -> (exit code, what results.json holds or, of a run that is not at its end,
+    None). task: has test(run, epoch_ends), results(folder) and metric, as `Task`."""
     code = run_loop(run, argv, header, dataset, task.test)
     if code or run.state["step"] < run.batches.steps:
         return code, None
@@ -1034,8 +1032,8 @@ def add_encoder_args(parser, nargs=None):
 
 
 def parse_args(argv=None):
-    """Flags -> args. Two phases, --protocol first, because
-    each protocol has flags and defaults of its own."""
+    """Flags -> args. Two phases, --protocol first, because each protocol has flags and defaults of its
+    own."""
     argv = sys.argv[1:] if argv is None else list(argv)
     what = "what is trained on top of the encoder"
     protocol, parser = first_phase("finetune.py", "protocol", DEFAULTS, "linear", what, argv)
@@ -1109,8 +1107,8 @@ def parse_args(argv=None):
 
 
 def add_finetune_args(add):
-    """Numbers of MAE's code for ViT-B at 224 pixels, which
-    MixedAE Sec. 4.2 follows; CAE's (Appendix A) are the same."""
+    """Numbers of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows; CAE's (Appendix A) are
+    the same."""
     add(
         "--layer-decay",
         type=bounded(float, 1e-6, 1),
@@ -1267,8 +1265,8 @@ def open_encoder(args):
 
 
 def load_at_size(weights, shape, given, path):
-    """The ViT of a file, at the image size that is asked for,
-    loaded strictly. given: the size flags that were given."""
+    """The ViT of a file, at the image size that is asked for, loaded strictly. given: the size flags that
+    were given."""
     for flag in given.keys() - {"image_size"}:
         has = shape.get(flag, "a size of its own")
         if given[flag] != has:
@@ -1294,8 +1292,8 @@ VOC_CLASSES = (
 
 
 def voc_labels(dataset):
-    """Which classes an image shows, (20,) each; an object marked
-    difficult does not count (Ericsson et al., CVPR 2021)."""
+    """Which classes an image shows, (20,) each; an object marked difficult does not count (Ericsson et al.,
+    CVPR 2021)."""
     labels = []
     for path in dataset.targets:
         objects = ElementTree.parse(path).iter("object")

@@ -740,9 +740,7 @@ def clip_visual(state_dict, heads=None):
     weights.pop("proj", None)
     width = len(weights["cls_token"])
     if width > 1024 or width % 64:
-        raise ValueError(
-            f"width {width}; only OpenAI's ViTs are known, at most 1024 wide with heads of 64"
-        )
+        raise ValueError(f"width {width}; only OpenAI's ViTs are known, at most 1024 wide with heads of 64")
     weights["cls_token"] = weights["cls_token"].view(1, 1, -1)
     weights["pos_embed"] = weights["pos_embed"].unsqueeze(0)
 

@@ -502,9 +502,8 @@ def inference(args, device):
 
 
 def wrap_ddp(model, args, device, example):
-    """DDP around the model, for one process too, so that
-    there is one path. Applies --compile and --recompute.
-    example: what the model is called with."""
+    """DDP around the model, for one process too, so that there is one path. Applies --compile and
+    --recompute. example: what the model is called with."""
     blocks = all_blocks(model)
     for block in blocks:
         block.recompute = args.recompute
@@ -720,7 +719,7 @@ def load_weights(model, path):
     try:
         if {"config", "state_dict"} <= state.keys():  # encoder.pt
             weights = {f"encoder.{name}": value for name, value in state["state_dict"].items()}
-            shape = state.get("config", {})
+            shape = state["config"]
         elif "global_batch" in state:  # checkpoint.pt
             weights, shape = state["model"], state["args"]
         else:
@@ -795,11 +794,11 @@ def pretrain(args, argv, device):
 
 
 def test_pretraining(run, epoch_ends, images, masks, held_out):
-    """The numbers of a log row; at an epoch's end also val_loss,
-    the pictures, and on `shapes` the object awareness.
+    """The numbers of a log row; at an epoch's end also val_loss, the pictures, and on `shapes` the object
+    awareness.
 
-    images: uint8, the same each time; masks: of the objects
-    in them, or None; held_out: whether they are of a val set.
+    images: uint8, the same each time; masks: of the objects in them, or None; held_out: whether they are of a
+    val set.
     """
     # Measure the loss on held-out data, on all processes; the rest is rank 0's.
     args, model, numbers = run.args, run.model, {}
@@ -878,8 +877,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def first_phase(program, flag, choices, default, what, argv):
-    """Read the one flag on which the other flags and their
-    defaults depend -> (its value, a parser for them all)."""
+    """Read the one flag on which the other flags and their defaults depend -> (its value, a parser for them
+    all)."""
     first = Parser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument(f"--{flag}", choices=choices, default=default, help=what)
     value = getattr(first.parse_known_args(argv)[0], flag)

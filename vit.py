@@ -382,6 +382,8 @@ class ViT(nn.Module):
                 f"image size {image_size[0]} x {image_size[1]} is not a multiple of the patch size "
                 f"{patch_size}"
             )
+
+        # Keep what rebuilds the encoder: all arguments but the last two.
         self.config = dict(
             image_size=list(image_size),
             patch_size=patch_size,
@@ -717,8 +719,8 @@ def add_size_args(parser, encoder=True, decoder=True):
 
 
 def resolve_sizes(args, sizes=SIZES):
-    """Make every size in `args` explicit, in place: also
-    those not given, and the image size as [height, width]."""
+    """Make every size in `args` explicit, in place: also those not given, and the image size as [height,
+    width]."""
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
@@ -762,8 +764,9 @@ def load_file(path, allowed=()):
 
     allowed: further classes that may lie in it, each as (the class to make instead, its name in the file).
     """
+    # Refuse a pipe, for which the program would wait for ever.
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"{path}: is no regular file; give a file of weights")  # a pipe would be waited for
+        raise UserError(f"{path}: is no regular file; give a file of weights")
     try:
         # Name the commonest mistake: a file that begins neither as a zip archive nor as a pickle.
         with open(path, "rb") as file:
@@ -781,9 +784,8 @@ def load_file(path, allowed=()):
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds more than tensors and plain values, or a whole module as torch before 1.6 wrote "
-            "it, "
-            "so it is not opened. Use a file of plain weights; if you trust this one, convert it once, where "
-            "nothing is at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)"
+            "it, so it is not opened. Use a file of plain weights; if you trust this one, convert it once, "
+            "where nothing is at risk: torch.save(torch.load(FILE, weights_only=False).state_dict(), NEW)"
         ) from None
     except Exception as error:  # damaged files make torch raise all kinds
         raise UserError(
@@ -903,6 +905,7 @@ def load_matching(model, weights, shape, source):
             weights = {**weights, name: resize_positions(weights[name], grid, encoder.grid)}
         part = {name: value for name, value in weights.items() if name.startswith("encoder.")}
         load_strictly(encoder, rename(part, [("^encoder.", "")]))
+
         # Load the rest where all of it is there.
         whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())
         if whole:
