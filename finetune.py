@@ -862,7 +862,8 @@ def read_boxes(path, dataset, folder):
             if not {"file", "x0", "y0", "x1", "y1"} <= set(rows.fieldnames or ()):
                 raise ValueError(f"its columns are {rows.fieldnames}")
             for row in rows:
-                x0, y0, x1, y1 = box = [int(row[corner]) for corner in ("x0", "y0", "x1", "y1")]
+                box = [int(row[corner]) for corner in ("x0", "y0", "x1", "y1")]
+                x0, y0, x1, y1 = box
                 if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
                     raise ValueError(f"the box of {row['file']} is {box}, not two corners")
                 boxes[os.path.normpath(row["file"])].append(box)
@@ -957,17 +958,19 @@ def measure_objects(args, device):
             images = normalize(boxed[:, :3], info["mean"], info["std"])
             return patch_attention(encoder, images), patch_areas(boxed, encoder.grid)
 
-        # Measure.
+        # Measure the shares of all images.
         samples = BoxedImages(dataset, boxes, encoder.config["image_size"])
         shares = predict_dataset(lambda boxed: object_shares(*look(boxed)), samples, args, device).cpu()
         results[path] = average_shares(shares)
         print_rank0(f"{path}: {results[path]}")
 
-        # Draw, beside the image with all but the box darkened.
+        # Choose the images to draw, for all encoders the same.
         if ids is None:
             small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
             ids = torch.cat([order[small], order[~small]])[:8].tolist()
             print_rank0(f"{int((shares[:, 0] > 0).sum())} of {len(dataset)} images count")
+
+        # Draw its maps beside the images, in which all but the box is darkened.
         boxed, _, _ = collate([samples[0, i] for i in ids])  # (b, 4, height, width)
         panels.setdefault("image, box", boxed[:, :3] / 255 * (0.3 + 0.7 * (boxed[:, 3:] > 127)))
         with torch.no_grad():
@@ -978,10 +981,10 @@ def measure_objects(args, device):
 
     # Write.
     if dist.get_rank() == 0:
-        folder = RunFolder(args.out or "runs/objects")
-        folder.write_text("results.json", json.dumps(results, indent=1))
-        folder.write_picture("objects.png", picture_sheet(panels))
-        print_rank0(f"{folder.path}: results.json, pictures/objects.png")
+        out = RunFolder(args.out or "runs/objects")
+        out.write_text("results.json", json.dumps(results, indent=1))
+        out.write_picture("objects.png", picture_sheet(panels))
+        print_rank0(f"{out.path}: results.json, pictures/objects.png")
     return 0
 
 
@@ -1086,6 +1089,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     resolve_warmup(args, WARMUP[protocol])
     args.data = args.data or ([] if args.evaluate else ["shapes"])
+
+    # --objects compares encoders on one folder; everything else takes one encoder.
     args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
     if args.objects == "" or args.objects and args.evaluate:
