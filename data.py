@@ -244,10 +244,10 @@ class Shapes:
         self.split = split
         self.length = length
         self.classes = list(SHAPES)
-        # Coordinates (y, x) of all pixels; the unit is half the short side.
+        # Coordinates of the pixels: y (height, 1) and x (1, width). The unit is half the short side.
         short = min(self.image_size)
         axes = [np.linspace(-side / short, side / short, side, dtype=np.float32) for side in self.image_size]
-        self.coordinates = np.meshgrid(*axes, indexing="ij")
+        self.coordinates = np.meshgrid(*axes, indexing="ij", sparse=True)
 
     def __len__(self):
         return self.length
@@ -278,13 +278,14 @@ class Shapes:
         return {"image": self.finish(canvas), "label": label, "mask": mask, "box": box}
 
     def background(self, rng):
-        """(height, width, 3) in [0, 1]: a texture, and clutter: half-transparent rectangles anywhere."""
+        """(3, height, width) in [0, 1]: a texture, and clutter: half-transparent rectangles anywhere."""
         y, x = self.coordinates
         canvas = self.texture(rng)
         for _ in range(6):
             cx, cy, w, h = rng.uniform([-1, -1, 0.05, 0.05], [1, 1, 0.35, 0.35]).tolist()
-            box = (np.abs(x - cx) < w) & (np.abs(y - cy) < h)
-            canvas[box] = 0.5 * canvas[box] + 0.5 * rng.uniform(0, 1, 3).astype(np.float32)
+            colour = rng.uniform(0, 1, (3, 1, 1)).astype(np.float32)
+            box = np.ix_(range(3), np.abs(y - cy)[:, 0] < h, np.abs(x - cx)[0] < w)
+            canvas[box] = 0.5 * canvas[box] + 0.5 * colour
         return canvas
 
     def put(self, rng, canvas, label, cx, cy, radius, turn):
@@ -297,27 +298,27 @@ class Shapes:
 
         # Blend in a texture of its own, with an edge one pixel wide.
         inside = list(SHAPES.values())[label](u, v)  # (height, width)
-        alpha = np.clip(0.5 + inside * radius * min(self.image_size) / 2, 0, 1)[..., None]
+        alpha = np.clip(0.5 + inside * radius * min(self.image_size) / 2, 0, 1)  # (height, width)
         canvas = (1 - alpha) * canvas + alpha * self.texture(rng)
 
         # The mask has at least one pixel, however small the image.
-        mask = alpha[..., 0] >= 0.5 * alpha.max()
+        mask = alpha >= 0.5 * alpha.max()
         places = np.argwhere(mask)  # (pixels of the object, 2): row and column of each
         y0, x0 = places.min(axis=0).tolist()
         y1, x1 = (places.max(axis=0) + 1).tolist()
         return canvas, torch.from_numpy(mask), (x0, y0, x1, y1)
 
     def texture(self, rng):
-        """Two colours blended by a wave of random direction and length: (height, width, 3) in [0, 1]."""
+        """Two colours blended by a wave of random direction and length: (3, height, width) in [0, 1]."""
         y, x = self.coordinates
-        first, second = rng.uniform(0, 1, (2, 3)).astype(np.float32)
+        first, second = rng.uniform(0, 1, (2, 3, 1, 1)).astype(np.float32)
         turn, frequency, phase = rng.uniform([0, 1, 0], [np.pi, 12, 2 * np.pi]).tolist()
         wave = 0.5 + 0.5 * np.sin(frequency * math.cos(turn) * x + frequency * math.sin(turn) * y + phase)
-        return first + wave[..., None] * (second - first)
+        return first + wave * (second - first)
 
     @staticmethod
     def finish(canvas):
-        return torch.from_numpy((canvas * 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy((canvas * 255).astype(np.uint8))
 
 
 def object_awareness(maps, masks):

@@ -46,7 +46,7 @@ The log shows `recon` (Eq. 4), `homocon` (Eq. 7) beside the floor that it approa
 
 A new mask is another way to fill `sources` in `MixedAE.predict`, where `draw_sources` is called. Every image
 must still give r L patches, because Eq. 7 and its floor count on it. docs/your-own.md has an example. A new
-loss is one more paragraph of `MixedAE.forward`. Eq. 6 is `Attention.explicit` with `keep_topk` in vit.py.
+loss is one more paragraph of `MixedAE.forward`. Eq. 6 is in vit.py: `Attention.homologous_attention`.
 
 Eq. 5 is a statement about data, not about the network, so it is a test: test_eq_5_... in
 tests/test_mixedae.py. Both sides are equal for independent images; the test has a pair of dependent images
@@ -135,7 +135,7 @@ def reconstruction_loss(pred, target, sources):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sec. 3.2: homologous recognition. Eq. 6, the attention, is `Attention.explicit` with `keep_topk` in vit.py.
+# Sec. 3.2: homologous recognition. Eq. 6, the attention, is `Attention.homologous_attention` in vit.py.
 # ------------------------------------------------------------------------------------------------------------
 def homologous_pairs(sources):
     """Whether two patches come from the same image, itself included: (G, L) -> bool (G, L, L)."""

@@ -11,7 +11,7 @@ Reading order of the project: **vit** -> mrmae -> mixedae -> cae -> data -> trai
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into
 it and its own weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6, in
-`Attention.explicit` and `keep_topk`). It adds no parameter and is switched off after pre-training.
+`Attention.homologous_attention`). It adds no parameter and is switched off after pre-training.
 
 Letters, used in every file:
     B images            n = 1/r images in a group (MixedAE)    G mixed images: B r, or B in full mode
@@ -190,21 +190,19 @@ class Attention(nn.Module):
         qkv = self.qkv(x)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)  # (B, H, N, D_h)
 
-        # Attend: by the fused kernel where nobody needs the matrix, else written out.
-        if self.topk is None and not self.record:
-            x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D_h)
+        # Attend. Eq. 6 as written needs the whole matrix of probabilities. PyTorch's fused attention computes
+        # the same without storing it, so that is used unless somebody wants to look at the matrix.
+        if self.record:
+            x = self.homologous_attention(q, k, v)  # (B, H, N, D_h)
         else:
-            x = self.explicit(q, k, v)
+            x = self.fused_attention(q, k, v)
 
         # Put the heads side by side again and mix them.
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, D)
 
-    def explicit(self, q, k, v):
-        """Attention with its matrix written out, as TopK and `record` need it. All are (B, H, N, D_h).
-
-        MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))); the result is A_HomoAtt v. Here k are the
-        keys. Without `topk` it is ordinary attention.
-        """
+    def homologous_attention(self, q, k, v):
+        """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), and the result A_HomoAtt v; k are the
+        keys. All are (B, H, N, D_h). Without `topk` it is ordinary attention."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q k^T / sqrt(D_h), (B, H, N, N)
         keep = None
         if self.topk is not None:
@@ -214,6 +212,15 @@ class Attention(nn.Module):
         if self.record:
             self.recorded = (keep, attention.detach())
         return attention.to(v.dtype) @ v  # under CUDA autocast the softmax is fp32, v is not
+
+    def fused_attention(self, q, k, v):
+        """The same result by PyTorch's fused attention, which takes the choice of keys as a boolean mask."""
+        keep = None
+        if self.topk is not None:
+            with torch.no_grad():  # the choice has no gradient; the fused attention computes the scores anew
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+                keep = keep_topk(scores, self.topk, self.cls_in_topk)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
 class CrossAttention(nn.Module):

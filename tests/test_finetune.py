@@ -848,6 +848,24 @@ def test_augmented_batches():
     assert len(boxes) > 4  # image by image
 
 
+def test_erasing_replaces_one_box_an_image_by_noise():
+    images = torch.zeros(2000, 3, 20, 30)
+    changed = finetune.erase(images, 0.25) != images
+    assert (changed == changed[:, :1]).all()  # all channels together
+    erased = changed[:, 0][changed.any(dim=(1, 2, 3))]  # (erased images, 20, 30)
+    assert abs(len(erased) / len(images) - 0.25) < 0.04
+    h, w = erased.any(2).sum(1), erased.any(1).sum(1)
+    assert torch.equal(erased.sum((1, 2)), h * w)  # a box
+    share = h * w / 600
+    assert share.min() > 0.01 and share.max() < 0.36 and abs(share.mean() - 0.175) < 0.02
+    assert (h > 2 * w).any() and (w > 2 * h).any()
+    assert erased.any(0).all()  # boxes may lie anywhere
+    noise = finetune.erase(images, 1.0)
+    noise = noise[noise != 0]
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    assert torch.equal(finetune.erase(images, 0.0), images)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
 # ------------------------------------------------------------------------------------------------------------

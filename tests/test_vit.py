@@ -137,6 +137,18 @@ def test_homologous_attention_equals_sorting_one_query_at_a_time(topk, cls_in_to
     assert kept is None if topk is None else torch.equal(recorded > 0, kept)
 
 
+@pytest.mark.parametrize("topk, cls_in_topk", TOPK)
+def test_the_fused_form_of_homologous_attention_is_equation_6(topk, cls_in_topk):
+    attention, x = randomize(Attention(16, 2, topk, cls_in_topk)), torch.randn(2, 9, 16)
+    results = []
+    for attention.record in (True, False):
+        given = x.clone().requires_grad_()
+        out = attention(given)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [given, *attention.parameters()])))
+    for written_out, fused in zip(*results):
+        assert_close(fused, written_out, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_exactly_k_keys_are_kept_even_where_all_scores_tie(dtype):
     rounded = (torch.randn(2, 3, 65, 65) * 4).round().to(dtype)  # a few distinct values: many ties
