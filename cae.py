@@ -24,39 +24,43 @@ The paper's targets are tokens. Pixels (its Table 9) are our default, because th
 
     the paper           here
     F, H, G             encoder, regressor, decoder (in the code below, `F` is torch.nn.functional)
-    X_v, X_m            not cut out of the images: all patches are embedded into `x` (no patch sees another
-                        in this), and the rows `seen_ids` and `hidden_ids` of `x` go into F
+    X_v, X_m            not tensors of their own: all patches are embedded into `x`, each by itself, and F
+                        gets the rows `seen_ids` or `hidden_ids` of `x`
     P_v, P_m            positions, in two tables of the same formula: F adds `encoder.pos_embed` (width D) in
                         `encoder.embed`; H and G add `pos_embed` (width Dd), its rows pos_visible, pos_hidden
     Z_v                 out["visible"] of `CAE.predict`, with a CLS token in front
     Q_m                 regressor.mask_token, the same query for every hidden patch
     Z_m                 out["predicted"]
-    Z_m with a bar      out["target"]: the target of the alignment, not of the pretext task
-    Y_m                 out["pixels"] or out["logits"]
-    Y_m with a bar      `targets`, by `CAE.targets`: the paper's "targets"; --target chooses their kind
+    Z_m with a bar      out["target"]. Beware: not the paper's "targets", which are Y_m with a bar
+    Y_m with a bar      `targets`, by `CAE.targets`; --target chooses their kind
     l_y, l_z, lambda    decoding_loss, alignment_loss, align_weight (--align-weight)
+    sg[ ]               stop gradient: the last pass of `CAE.predict` is under torch.no_grad
+    masking             block_mask
+    tokenizer           DVAE or DalleEncoder: open_tokenizer opens it, `CAE.targets` asks it
 
 Letters: B images, C channels, L patches (V visible, U hidden), D width of F, Dd (--decoder-width) width of H
 and G, P = C p p values of a patch of p x p pixels. P alone is that number; P_v and P_m are positions, and
 P(. | .) is a probability. H, G and K are not those of vit.py: here they are the regressor, the decoder and,
-in the discrete VAE, the size of the vocabulary.
+in the discrete VAE, the number of tokens to choose from.
 
-Appendix B assumes that, given the rest, Z_v does not depend on P_m, nor Y_m on P_v. Then the three networks
-are three factors:
+Appendix B reads the three networks as the three factors of a probability:
 
     P(Y_m | X_v, P_v, P_m) = P(Z_v | X_v, P_v)  P(Z_m | Z_v, P_v, P_m)  P(Y_m | Z_m, P_m)
                              F                  H                       G
 
-Only F transfers, and it is meant to do all the representing: H never changes Z_v, and l_z keeps the
-predictions of H in the space of F. If that works, G can rebuild an image straight from F, without H (Sec. 4,
-Fig. 3 and 10). The picture "H skipped" and the number `skipped` of the log show whether it does: `skipped`
-should then be about as low as `through_H`, or lower.
+It assumes that, given the rest, Z_v does not depend on P_m, nor Y_m on P_v. (Strictly, the right side is the
+joint probability of Z_v, Z_m and Y_m: the paper does not write the integral over Z_v and Z_m.)
+
+Only F is transferred, and F alone should learn the representation: H never changes Z_v, and l_z keeps the
+predictions of H in the space of F's output. If that works, G can rebuild an image from the output of F
+without H (Sec. 4, Fig. 3 and 10). Whether it does is seen in the picture "H skipped" and in the log: there
+`skipped` should be about as low as `through_H`, or lower.
 
 Run it:
     python train.py --method cae         # pixels as targets, on the drawn set `shapes`
     python train.py --method dvae        # trains a tokenizer, whose tokens can be the targets:
     python train.py --method cae --target dvae:runs/dvae/tokenizer.pt --out runs/cae-dvae
-    python cae.py                        # prints the shape of every tensor of Fig. 1
+    python cae.py                        # prints the shapes of what `predict` returns
 
 Where the paper is silent, the authors' code (https://github.com/Atten4Vis/CAE) decides; the list stands at
 the end of this file.
@@ -107,52 +111,54 @@ from vit import (
 # Sec. 3.2: block-wise masking
 # ------------------------------------------------------------------------------------------------------------
 def block_mask(batch, grid, count, tries=400):
-    """Block-wise masks (Sec. 3.2, Fig. 2), BEiT's as CAE's code draws them: bool (B, L), True = hidden,
-    exactly `count` in each row.
+    """Random block-wise masks (Sec. 3.2, Fig. 2), BEiT's rule in the form of CAE's code -> bool (B, L), True
+    = hidden, with exactly `count` hidden patches in each row.
 
-    Random boxes are hidden one after the other. With R patches still to hide, a box has an area uniform
-    between 16 patches (of 196; here the same share of L) and R, and a log-uniform aspect ratio from .3 to
-    1 / .3. It is taken if it is smaller than the grid on both sides and hides at least one and at most R
-    patches more. A mask that is not full after `tries` boxes is filled at random (ours: theirs goes on).
+    Random boxes are hidden one after the other until `count` patches are. While R patches are missing:
+      - The area of the next box is uniform between 16 patches and R, also if R < 16. (16 is for the paper's
+        196 patches; on another grid it is the same share of L.)
+      - Its aspect ratio is log-uniform between .3 and 1 / .3, and its place is uniform.
+      - It is hidden if it is smaller than the grid on both sides and hides at least one and at most R patches
+        more.
+    After `tries` boxes, random single patches fill the rest. (Ours: CAE's code tries on without end.)
 
     All masks of a batch are drawn together, on the CPU: after each box the loop asks which masks are full,
-    and on a GPU each such question would wait for it. For 14 x 14 patches this takes .1 to .3 ms an image. It
-    adds to the time of a step, because the training loop waits for the GPU at the end of each step, before
-    the next masks are drawn.
+    and on a GPU every such question would make the CPU wait.
     """
     h, w = grid  # in patches
-    smallest = max(1, round(16 / 196 * h * w))
+    smallest = max(1, round(16 / 196 * h * w))  # patches in the smallest box
     rows = torch.arange(h).view(1, h, 1)
     columns = torch.arange(w).view(1, 1, w)
     masks = torch.zeros(batch, h, w, dtype=torch.bool)
-    todo = torch.arange(batch)  # (b,), the masks that are not full yet
+    unfinished = torch.arange(batch)  # (b,), the masks that still lack patches
 
     for _ in range(tries):
         # Go on with the masks that still lack patches.
-        missing = count - masks[todo].sum(dim=(1, 2))  # R, (b,)
-        todo = todo[missing > 0]
+        missing = count - masks[unfinished].sum(dim=(1, 2))  # (b,), R
+        unfinished = unfinished[missing > 0]
         missing = missing[missing > 0].view(-1, 1, 1)  # (b, 1, 1), the shape of every number of the boxes
-        if len(todo) == 0:
+        if len(unfinished) == 0:
             break
 
-        # Draw a box for each of them: its area, its shape, its place.
-        for_area, for_aspect, for_top, for_left = torch.rand(4, len(todo), 1, 1)  # uniform in [0, 1)
-        area = smallest + (missing - smallest) * for_area
-        aspect = 0.3 ** (2 * for_aspect - 1)
+        # Draw a box for each of them: its area, its shape, its place. Heights and widths are in patches.
+        for_area, for_aspect, for_top, for_left = torch.rand(4, len(unfinished), 1, 1)  # uniform in [0, 1)
+        area = smallest + (missing - smallest) * for_area  # uniform from `smallest` to R
+        aspect = 0.3 ** (2 * for_aspect - 1)  # height / width, log-uniform from .3 to 1 / .3
         height = (area * aspect).sqrt().round()
         width = (area / aspect).sqrt().round()
-        top = (for_top * (h - height + 1)).floor()
+        top = (for_top * (h - height + 1)).floor()  # uniform in 0 .. h - height
         left = (for_left * (w - width + 1)).floor()
 
         # Hide the patches in it, if the box may be taken.
         inside_rows = (rows >= top) & (rows < top + height)  # (b, h, 1)
         inside_columns = (columns >= left) & (columns < left + width)  # (b, 1, w)
         box = inside_rows & inside_columns  # (b, h, w)
-        more = (box & ~masks[todo]).sum(dim=(1, 2), keepdim=True)
+        more = (box & ~masks[unfinished]).sum(dim=(1, 2), keepdim=True)  # how many it hides
         taken = (height < h) & (width < w) & (more > 0) & (more <= missing)
-        masks[todo] |= box & taken
+        masks[unfinished] |= box & taken
 
-    # Sort the patches, hidden ones first and the others in random order, and hide the first `count`.
+    # Fill the masks that are not full after all tries: sort the patches, hidden ones first and the others in
+    # random order, and hide the first `count`. A full mask stays as it is.
     masks = masks.flatten(1)  # (B, L)
     order = (torch.rand(masks.shape) - masks.float()).argsort(dim=1)
     return torch.zeros_like(masks).scatter(1, order[:, :count], True)
@@ -162,12 +168,11 @@ def block_mask(batch, grid, count, tries=400):
 # Sec. 3.1: latent contextual regressor H and decoder G. The encoder F is the ViT of vit.py.
 # ------------------------------------------------------------------------------------------------------------
 class CrossBlock(Residual):
-    """A block of the regressor (Sec. 3.1). The queries are the Z_m that the block before has given, in the
-    first block the mask queries Q_m; keys and values are [Z_v, Z_m]. Z_v is read and never changed.
+    """A block of the regressor H (Sec. 3.1). Queries are the Z_m of the block before, in the first block the
+    mask queries Q_m; keys and values are [Z_v, Z_m]. Z_v is read and never changed.
 
-    Positions take part in the attention weights alone: they are added to queries and keys, not to values.
-    One thing is CAE's code's and not the paper's: norm2 stands on the main path, not only before the MLP. The
-    skip connection around the MLP starts from the normalised tensor, as in a post-norm transformer.
+    Positions are added to queries and keys and not to values, so they act on the attention weights alone. One
+    detail is not in the paper but in CAE's code: norm2 stands on the main path, see `forward`.
     """
 
     def __init__(self, dim, heads, layer_scale):
@@ -188,7 +193,8 @@ class CrossBlock(Residual):
         q = self.norm_q(x + pos_hidden)
         k = self.norm_k(both + pos)
         v = self.norm_v(both)
-        # norm2 is outside the sum: x itself is replaced by its normalised version.
+        # norm2 normalises x itself, so the skip connection around the MLP starts from the normalised tensor,
+        # as in a post-norm transformer.
         x = self.norm2(x + self.drop(self.ls1(self.attn(q, k, v))))
         return x + self.drop(self.ls2(self.mlp(x)))
 
@@ -200,10 +206,10 @@ class Regressor(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(CrossBlock(width, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)  # F ends in one too, so both sides of l_z are normed
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # F ends in a LayerNorm, too, so both sides of l_z do
 
     def forward(self, visible, pos_visible, pos_hidden):
-        # On the CPU autocast leaves a projected Z_v in bf16 or fp16, and the queries follow.
+        # Q_m has the type of Z_v: under autocast on the CPU Z_v comes out of `CAE.project` in 16 bits.
         x = self.mask_token.to(visible.dtype).expand_as(pos_hidden)  # Q_m, (B, U, Dd)
         for block in self.blocks:
             x = call_block(block, x, pos_hidden, visible, pos_visible)
@@ -212,7 +218,7 @@ class Regressor(nn.Module):
 
 class Decoder(nn.Module):
     """G (Sec. 3.1): Z_m and P_m, both (B, U, Dd) -> Y_m (B, U, outputs). Without blocks it is a linear layer
-    on Z_m ("no decoder", Table 2). vit.Decoder is another one, MAE's."""
+    on Z_m ("no decoder", Table 2). (vit.Decoder is not this one but MAE's.)"""
 
     def __init__(self, width, depth, heads, layer_scale, outputs):
         super().__init__()
@@ -222,7 +228,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def forward(self, z, pos):
-        if not self.blocks:
+        if not self.blocks:  # "no decoder"
             return self.head(z)
         x = z + pos
         for block in self.blocks:
@@ -234,14 +240,15 @@ class Decoder(nn.Module):
 # Sec. 3.2, Eq. 1: alignment loss l_z and decoding (reconstruction) loss l_y. `CAE.forward` adds them up.
 # ------------------------------------------------------------------------------------------------------------
 def alignment_loss(predicted, target):
-    """l_z of Eq. 1: mean-squared error of Z_m and sg[Z_m with a bar], both (B, U, Dd) -> ()."""
+    """l_z of Eq. 1: mean-squared error of Z_m and sg[Z_m with a bar], both (B, U, Dd) -> (). sg[] is `detach`
+    here; the target that `CAE.predict` makes has no gradient anyway."""
     return (predicted.float() - target.detach().float()).square().mean()
 
 
 def decoding_loss(decoded, targets):
     """l_y of Eq. 1 -> (). Cross-entropy of logits (B, U, vocabulary) and token ids (B, U), which is the
     paper's; mean-squared error of pixels (B, U, P), which is ours: the paper does not specify it."""
-    if targets.is_floating_point():
+    if targets.is_floating_point():  # pixels
         return (decoded.float() - targets).square().mean()
     return F.cross_entropy(decoded.float().flatten(0, 1), targets.flatten())
 
@@ -250,47 +257,52 @@ def decoding_loss(decoded, targets):
 # Fig. 1: the whole model
 # ------------------------------------------------------------------------------------------------------------
 class CAE(nn.Module):
-    """Fig. 1. `encoder` is what transfers: a plain ViT with layer scale. encoder.pt tells a linear probe to
-    read its CLS token, as the authors do, although no loss reaches the output of CLS."""
+    """Fig. 1. `encoder` is what is transferred: a plain ViT with layer scale. encoder.pt tells a linear probe
+    to read its CLS token, as the authors do. No loss reads the output of CLS, but patches attend to CLS in
+    every block, so it is trained."""
 
     def __init__(self, args):
         super().__init__()
         self.encoder = build_encoder(args, layer_scale=args.layer_scale)  # F
-        patches = self.encoder.num_patches  # L
-        check_args(args, patches)
-        self.num_hidden = round(args.mask_ratio * patches)  # U
+        L = self.encoder.num_patches
+        check_args(args, L)
+        self.num_hidden = round(args.mask_ratio * L)  # U, rounded to nearest (MAE's code rounds V down)
         self.norm_pix = args.norm_pix
         self.mean = args.mean
         self.std = args.std
 
-        # Open the tokenizer. object.__setattr__ keeps it from becoming a submodule, so that its frozen
-        # weights are neither in our checkpoints nor sent around by DDP.
-        object.__setattr__(self, "tokenizer", open_tokenizer(args.target))
+        # Open the tokenizer. It is frozen, so it stands in a plain list, as MR-MAE's teachers do: thus it
+        # stays out of the state dict, the optimizer, DDP and model.train().
+        tokenizer = open_tokenizer(args.target)  # None if the targets are pixels
+        self.tokenizers = [tokenizer]
 
-        # How many tokens there are to choose from; None if the targets are pixels.
-        self.vocabulary = self.tokenizer.vocabulary if self.tokenizer else args.vocabulary
+        # Choose what G predicts: one of `vocabulary` tokens, or pixels if that is None.
+        self.vocabulary = tokenizer.vocabulary if tokenizer else args.vocabulary
         self.output = "logits" if self.vocabulary else "pixels"  # the key of Y_m in what `predict` returns
 
-        # lambda of Eq. 1: 2 for tokens (Sec. 3.2). For pixels .2 (ours): their squared error is far smaller
-        # than a cross-entropy, and 2 probes worse (docs/results.md).
+        # lambda of Eq. 1: 2 for tokens (Sec. 3.2). For pixels .2 (ours): l_y is then a squared error, far
+        # smaller than a cross-entropy, and lambda = 2 lowers the accuracy of all probes (docs/results.md).
         self.align_weight = args.align_weight
         if self.align_weight is None:
             self.align_weight = 2.0 if self.vocabulary else 0.2
 
-        # Build H and G, of one width. If that is not the encoder's, Z_v and the target are mapped to it.
+        # Map Z_v and the target of the alignment to Dd, the width of H and G, where the encoder has another.
         width = args.decoder_width  # Dd
-        heads = args.decoder_heads
-        outputs = self.vocabulary or self.encoder.config["channels"] * self.encoder.patch_size**2
         self.project = nn.Sequential()  # empty: the identity
         if width != self.encoder.width:
             self.project.append(nn.Linear(self.encoder.width, width))
             self.project.append(nn.LayerNorm(width, eps=1e-6))
-        # The table has a row for CLS, as in the authors' files, which load into it. H and G never use it.
+
+        # Make the positions that H and G add. The table has a row for CLS, as in the authors' files, which
+        # load into it; H and G never use that row.
         positions = sincos_positions(width, self.encoder.grid)  # (1, 1 + L, Dd)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
+
+        # Build H and G.
+        outputs = self.vocabulary or self.encoder.config["channels"] * self.encoder.patch_size**2
         regressor_depth = args.regressor_depth or args.decoder_depth
-        self.regressor = Regressor(width, regressor_depth, heads, args.layer_scale)
-        self.decoder = Decoder(width, args.decoder_depth, heads, args.layer_scale, outputs)
+        self.regressor = Regressor(width, regressor_depth, args.decoder_heads, args.layer_scale)
+        self.decoder = Decoder(width, args.decoder_depth, args.decoder_heads, args.layer_scale, outputs)
 
         self.initialise(args.rescaled_init)
         for part in (self.encoder, self.regressor, self.decoder):
@@ -303,7 +315,7 @@ class CAE(nn.Module):
         rescaled: as the authors initialise ViT-L (BEiT's way): linear layers from that normal distribution
         too, and the last layer of both branches of block i = 1, 2, ... divided by sqrt(2 i).
         """
-        # Initialise all linear layers and LayerNorms, then what has another distribution.
+        # Initialise all linear layers, then what has another distribution. LayerNorms start with 1 and 0.
         self.apply(init_weights)
         encoder = self.encoder
         nn.init.zeros_(encoder.patch_embed.proj.bias)
@@ -337,8 +349,8 @@ class CAE(nn.Module):
         encoder = self.encoder
         x = encoder.embed(images)  # (B, L, D)
 
-        # Split them into visible and hidden ones. A mask that is drawn here lies on the CPU, and so do the
-        # ids until they are moved.
+        # Split them into visible and hidden ones. Ids are computed where the mask lies (on the CPU, if it is
+        # drawn here) and then moved to the device of the images.
         if mask is None:
             mask = block_mask(len(images), encoder.grid, self.num_hidden)  # (B, L)
         check_mask(mask, x.shape[:2])
@@ -348,18 +360,19 @@ class CAE(nn.Module):
             part.to(images.device, non_blocking=True) for part in (mask, seen_ids, hidden_ids)
         )
 
-        # Look up the positions that H and G add.
+        # Gather P_v and P_m of width Dd, which H and G add.
         pos = self.pos_embed[:, 1:].expand(len(images), -1, -1)  # (B, L, Dd)
         pos_visible = gather_tokens(pos, seen_ids)  # P_v, (B, V, Dd)
         pos_hidden = gather_tokens(pos, hidden_ids)  # P_m, (B, U, Dd)
 
-        # Encode the visible patches. F: P(Z_v | X_v, P_v)
+        # Encode the visible patches (F, the factor P(Z_v | X_v, P_v)).
         visible = encoder.encode(gather_tokens(x, seen_ids))  # Z_v, (B, 1 + V, D)
 
-        # Predict the representations of the hidden ones, without CLS (CAE's code). H: P(Z_m | Z_v, P_v, P_m)
+        # Predict the representations of the hidden ones (H, the factor P(Z_m | Z_v, P_v, P_m)). CLS is left
+        # out, as in CAE's code.
         predicted = self.regressor(self.project(visible[:, 1:]), pos_visible, pos_hidden)  # Z_m, (B, U, Dd)
 
-        # Decode them. G: P(Y_m | Z_m, P_m)
+        # Decode them (G, the factor P(Y_m | Z_m, P_m)).
         decoded = self.decoder(predicted, pos_hidden)  # Y_m, (B, U, P or vocabulary)
         out = {
             "visible": visible,
@@ -369,13 +382,13 @@ class CAE(nn.Module):
             "hidden_ids": hidden_ids,
         }
 
-        # Encode the hidden patches alone (and CLS) with the same F: this is what H should have predicted.
-        # The loss stops the gradient here (sg[]), so no graph is built. Without alignment, training saves
-        # the pass.
+        # Make the target of the alignment, Z_m with a bar: encode the hidden patches alone (and CLS) with the
+        # same F. torch.no_grad is sg[] of Eq. 1: no gradient flows into this pass. Training without alignment
+        # does not need the target, and saves the pass.
         if self.align_weight or not self.training:
             with torch.no_grad():
-                latent = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
-                out["target"] = self.project(latent[:, 1:])  # Z_m with a bar, (B, U, Dd)
+                encoded = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
+                out["target"] = self.project(encoded[:, 1:])  # Z_m with a bar, (B, U, Dd)
         return out
 
     def forward(self, images, mask=None, ids=None):
@@ -384,11 +397,11 @@ class CAE(nn.Module):
         out = self.predict(images, mask)
         targets = self.targets(images, out["hidden_ids"]) if ids is None else ids  # Y_m with a bar
 
-        # l_y of Eq. 1
+        # l_y of Eq. 1.
         loss = decoding_loss(out[self.output], targets)
         metrics = {"tokens" if self.vocabulary else "recon": loss.detach()}
 
-        # Eq. 1: l_y + lambda l_z
+        # Add lambda l_z of Eq. 1.
         if self.align_weight:
             align = alignment_loss(out["predicted"], out["target"])
             loss = loss + self.align_weight * align
@@ -402,20 +415,17 @@ class CAE(nn.Module):
             patches = patchify(images, self.encoder.patch_size)  # (B, L, P)
             return gather_tokens(norm_pix(patches) if self.norm_pix else patches, hidden_ids)
 
-        # Or ask the tokenizer, in fp32. It gives one id for 8 x 8 pixels, so resize patches to that size.
-        if self.tokenizer is None:
-            raise UserError(
-                f"--vocabulary {self.vocabulary}: nothing gives ids to train on; use --target dvae:FILE "
-                f"or dalle:FILE, or leave --vocabulary out"
-            )
-        if next(self.tokenizer.parameters()).device != images.device:
-            self.tokenizer.to(images.device)  # `CAE.to` does not reach it: it is no submodule
+        # Or ask the tokenizer, in fp32. It gives one id per 8 x 8 pixels and we need one per patch, so resize
+        # the images until a patch has 8 x 8 pixels.
+        tokenizer = self.tokenizers[0]
+        check_tokenizer(tokenizer, self.vocabulary)
+        tokenizer.to(images.device)  # model.to(device) does not reach what is in a plain list
         size = [8 * side for side in self.encoder.grid]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             x = denormalize(images, self.mean, self.std).clamp(0, 1)
             x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
-            ids = self.tokenizer.ids(x).flatten(1)  # (B, L)
-        return ids.gather(1, hidden_ids)
+            token_ids = tokenizer.ids(x).flatten(1)  # (B, L)
+        return token_ids.gather(1, hidden_ids)
 
     def skip_regressor(self, images):
         """Fig. 10: all patches through F and straight through G, without H -> (B, L, P or vocabulary)."""
@@ -437,6 +447,7 @@ class CAE(nn.Module):
 
         # Put the decoded pixels of the hidden patches into their places.
         if not self.vocabulary:
+            # masked_scatter fills row after row, in the order of hidden_ids.
             decoded = torch.zeros_like(patches).masked_scatter(hidden, out["pixels"].float())
             skipped = self.skip_regressor(images).float()  # (B, L, P)
             note = ""
@@ -456,23 +467,23 @@ class CAE(nn.Module):
 
     def numbers(self, images):
         """images (B, C, height, width) -> l_y of the same hidden patches, decoded in two ways: "through_H",
-        from what H predicts, and "skipped", straight from F, which then sees the whole image (Fig. 10).
+        from Z_m, and "skipped", from the output of F for the whole image (Fig. 10).
 
-        G was trained on the output of H alone. If it can read the output of F as well, both lie in one space:
-        `skipped` is then about as low as `through_H`, or lower, because F has seen the answer. Without
-        alignment it is far higher (1.9 against .56 on CIFAR-10).
+        G is trained on Z_m alone. If it can read the output of F as well, both lie in one space: `skipped` is
+        then about as low as `through_H`, or lower, because F has seen the answer. Without alignment it is far
+        higher (1.9 against .56 on CIFAR-10).
         """
         out = self.predict(images)
-        ids = out["hidden_ids"]
-        targets = self.targets(images, ids)
-        skipped = gather_tokens(self.skip_regressor(images), ids)
+        hidden_ids = out["hidden_ids"]
+        targets = self.targets(images, hidden_ids)
+        skipped = gather_tokens(self.skip_regressor(images), hidden_ids)
         return {
             "through_H": decoding_loss(out[self.output], targets).item(),
             "skipped": decoding_loss(skipped, targets).item(),
         }
 
-    # Of F: width, depth (Sec. 5.1), heads (CAE's code). Of H and G: width, depth (of H too, unless
-    # --regressor-depth is given), heads.
+    # The values of --size, in place of vit.SIZES. Of F: width, depth (Sec. 5.1), heads (CAE's code). Of H and
+    # G: width, depth (of H too, unless --regressor-depth is given), heads.
     sizes = {
         "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
         "tiny": (192, 12, 3, 192, 4, 3),  # ours
@@ -567,7 +578,8 @@ class ResidualConv(nn.Module):
 
 
 def perplexity(ids, vocabulary):
-    """exp of the entropy of how often each id occurs -> (), from 1 (one id) to `vocabulary` (all alike)."""
+    """exp(entropy) of the frequencies of the ids -> (): 1 if only one of them occurs, `vocabulary` if all
+    occur equally often."""
     p = torch.bincount(ids.flatten(), minlength=vocabulary) / ids.numel()
     return torch.special.entr(p).sum().exp()
 
@@ -584,6 +596,9 @@ class DVAE(nn.Module):
         loss = squared error + --kl-weight x diversity
         diversity = sum over k of p_k log p_k, p (K,) the mean of softmax(logits) over batch and places
 
+    K (--vocabulary) is the number of tokens to choose from, E (--channels) the width of the convolutions and
+    of the code vectors.
+
     The diversity term is the negative entropy of p: from -log K, if all tokens occur equally often, to 0, if
     one token has all the probability. It stands where a VAE has its KL term, hence the flag's name.
     """
@@ -595,7 +610,7 @@ class DVAE(nn.Module):
         if any(side % 8 for side in args.image_size):
             size = " ".join(map(str, args.image_size))
             raise UserError(f"--image-size {size}: the tokenizer needs multiples of 8 pixels")
-        # What builds it again from tokenizer.pt.
+        # Keep the flags that rebuild this tokenizer from tokenizer.pt.
         shape = ("vocabulary", "channels", "residual_blocks", "image_size")
         training = ("kl_weight", "mean", "std")
         self.config = {name: getattr(args, name) for name in shape + training}
@@ -626,8 +641,11 @@ class DVAE(nn.Module):
         )
 
     def forward(self, images):
-        """images (B, 3, height, width) normalised -> loss (), {"recon", "diversity", "perplexity": of the
-        most probable ids of the batch, from 1 (the vocabulary has collapsed) to K}."""
+        """images (B, 3, height, width) normalised -> loss (), {"recon", "diversity", "perplexity"}.
+
+        The perplexity is that of the most probable ids of the batch, from 1 (the vocabulary has collapsed) to
+        K. With several processes each has its own, and the log shows their mean.
+        """
         images = denormalize(images, self.mean, self.std)
         logits = self.logits(images)  # (B, K, h, w)
 
@@ -648,7 +666,7 @@ class DVAE(nn.Module):
 
     def logits(self, images):
         """images (B, 3, height, width) in [0, 1] -> (B, K, h, w)."""
-        return self.encoder_layers(2 * images - 1).float()  # CAE's code: mean and deviation .5
+        return self.encoder_layers(2 * images - 1).float()  # from [0, 1] to [-1, 1] (CAE's code)
 
     def ids(self, images):
         """images (B, 3, height, width) in [0, 1] -> (B, h, w)."""
@@ -828,6 +846,15 @@ def check_args(args, patches):
         )
 
 
+def check_tokenizer(tokenizer, vocabulary):
+    """A UserError if tokens are to be predicted and no tokenizer gives the true ones."""
+    if tokenizer is None:
+        raise UserError(
+            f"--vocabulary {vocabulary}: nothing gives ids to train on; use --target dvae:FILE or "
+            f"dalle:FILE, or leave --vocabulary out"
+        )
+
+
 def check_mask(mask, shape):
     """A ValueError unless `mask` is bool, (B, L) = `shape`, and both shows and hides patches."""
     if mask.dtype != torch.bool or mask.shape != shape or mask[0].all() or not mask[0].any():
@@ -840,7 +867,7 @@ def check_mask(mask, shape):
 # ------------------------------------------------------------------------------------------------------------
 # The authors' checkpoints
 # ------------------------------------------------------------------------------------------------------------
-PARTS = [  # names of modules, of today's code and of the first release
+PARTS = [  # the authors' names, of today's code and of the first release, -> ours
     (r"^(pretext_neck\.)?mask_token$", "regressor.mask_token"),
     (r"^(pretext_neck\.)?rd_pos_embed$", "pos_embed"),
     (r"^encoder_to_(regresser|decoder)\.", "project.0."),
@@ -851,7 +878,7 @@ PARTS = [  # names of modules, of today's code and of the first release
     (r"^pretext_neck\.norm2\.", "decoder.norm."),
     (r"^pretext_neck\.head\.", "decoder.head."),
 ]
-IN_A_BLOCK = [
+IN_A_BLOCK = [  # the same for what is in a block
     (r"\.gamma_([12])(_cross)?$", r".ls\1.gamma"),
     (r"\.norm1_([qkv])\.", r".norm_\1."),
     (r"\.norm2_cross\.", ".norm2."),
@@ -911,33 +938,22 @@ def from_official(state_dict):
 # - Keys have a bias in F and G, for timm's names; theirs have none. Under softmax it changes nothing.
 # - Position tables of new runs encode the column first, as MAE's do; theirs encode the row first. A table
 #   that is loaded from a file stays as it is.
-# - The tokenizer sees the same crop as F, resized to 8 pixels a patch. Theirs sees the same box, resized
-#   from the original image by Lanczos. Ours runs in fp32 (on CUDA in TF32, unless --precision is fp32). On
-#   CUDA DALL-E's runs all convolutions but the last in fp16, so ids may differ where two logits almost tie.
+# - The tokenizer sees the same crop as F, resized to 8 x 8 pixels per patch. Theirs sees the same box,
+#   resized from the original image by Lanczos. Ours runs in fp32 (on CUDA in TF32, unless --precision is
+#   fp32). On CUDA DALL-E's runs all convolutions but the last in fp16, so ids may differ where two logits
+#   almost tie.
 # - The smallest block of a mask scales with the grid (on 14 x 14 patches it is theirs), and a mask that is
 #   not full after 400 boxes is filled at random.
 #
 # Where both are silent, it is ours:
 # - Pixels as targets (Fig. 3, Table 9): each patch is normalised as in MAE, and lambda is .2. The paper's 2
-#   was chosen among 1, 1.5 and 2 beside a cross-entropy, which is some ten times as large. On CIFAR-10 .2
-#   probes better than 2, and plain pixels probe like normalised ones (docs/results.md).
+#   was chosen among 1, 1.5 and 2 beside a cross-entropy, which is some ten times as large. On CIFAR-10 probes
+#   are better with .2 than with 2, and plain pixels do as well as normalised ones (docs/results.md).
 # - No decoder (Table 2) is a linear layer on Z_m, without positions.
 # - The recipe of the discrete VAE. One width E serves the convolutions and the code vectors. The squared
-#   error is one of colours in [0, 1], and the diversity term has the weight 3e-4. On `shapes` (2 epochs,
-#   K = 256) the vocabulary does not collapse with any of the weights that were tried, 0 included. Each
-#   column has two numbers, of seeds 0 and 1. `recon` is that of the end of training. The others are of val
-#   images: the perplexity of their ids; the share of the 256 ids that 64 of them use; the squared error of
-#   images rebuilt from their ids.
-#
-#       --kl-weight    recon          perplexity    share used    error from ids
-#       0              .0100 .0128     34  32        .30 .24      .0178 .0184
-#       3e-4           .0090 .0092     48  62        .39 .49      .0175 .0159
-#       1e-3           .0103 .0199    107 108        .75 .76      .0173 .0250
-#       1e-2           .0120 .0165    202 201       1.00 .99      .0191 .0227
-#
-#   3e-4 was chosen from this table: `recon` is lowest with both seeds, and more tokens are used than
-#   without the term. Larger weights spread the tokens further and rebuild worse on average. Two seeds and
-#   two epochs show a tendency and no more; for other sets and a larger K the weight is not tuned.
+#   error is one of colours in [0, 1], and the diversity term has the weight 3e-4. Of 0, 3e-4, 1e-3 and 1e-2
+#   it rebuilt best on `shapes` (two seeds, two epochs, K = 256), and more tokens were used than without the
+#   term. For other sets and a larger K it is not tuned.
 
 
 if __name__ == "__main__":

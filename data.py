@@ -1,14 +1,12 @@
-"""Data sets, transforms, loaders, pictures, and the folder that a run writes.
+"""From the flag --data to the batches that a method sees. Behind that: pictures, charts, the run's folder.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> train -> finetune -> dense.
-
-From the flag to the model:
 
     --data NAME | FOLDER | LIST.txt
         -- open_sets -------------> training set, val set: set[i] -> (uint8 (3, height, width), label)
     a step of the run
         -- ResumableBatchSampler -> [(epoch, i), ...]: the samples of a micro-batch
-        -- TrainDataset ----------> each of them read and augmented, a broken one replaced
+        -- TrainDataset ----------> each of them read and augmented (train_transform), a broken one replaced
         -- collate ---------------> uint8 (B, 3, height, width), labels, names of broken ones
         -- normalize -------------> float32 (B, 3, height, width), on the device
 
@@ -17,8 +15,8 @@ an epoch depends on (seed, epoch), the augmentation of a sample on (seed, epoch,
 step, micro-batch, process), see train.forward_backward. So a run that resumes at a step draws there what it
 would have drawn without the stop. (train.py says when its weights are then equal bit for bit.)
 
-Each loader process works on its own copy of the data set, made when the process started. An epoch kept there
-as an attribute would stay the first one for ever; so each index carries its epoch.
+Each loader process has its own copy of the data set, made when the process starts. If the epoch were an
+attribute of the data set, these copies would never see it change; so each index carries its epoch.
 """
 
 import contextlib
@@ -51,13 +49,16 @@ from tqdm import tqdm
 
 from vit import UserError, one_line, print_rank0, unit_float
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels as a model sees them, and seeds
+# ------------------------------------------------------------------------------------------------------------
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def channels(values, images):
-    """Three numbers, one a channel, in the shape (3, 1, 1) and on the device of the images."""
+    """Three numbers, one per channel, in the shape (3, 1, 1) and on the device of the images."""
     return torch.tensor(values, device=images.device).view(3, 1, 1)
 
 
@@ -67,7 +68,7 @@ def normalize(images, mean=MEAN, std=STD):
 
 
 def denormalize(images, mean=MEAN, std=STD):
-    """The inverse of `normalize`, to floats where [0, 1] is black to white."""
+    """The inverse of `normalize`, for pictures: to floats where [0, 1] is black to white."""
     return images * channels(std, images) + channels(mean, images)
 
 
@@ -85,77 +86,13 @@ def seed_torch(*what):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Image files
-# ------------------------------------------------------------------------------------------------------------
-say_once = functools.cache(print_rank0)  # not for each image of a set: a process prints an equal line once
-
-
-def from_pil(image):
-    """A PIL image -> uint8 RGB (3, height, width): grey and palettes expanded, the EXIF rotation applied,
-    numbers of 16 or 32 bits scaled to 8, what is transparent laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # integers or floats, which PIL would clip to white
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not 0 <= low <= high < math.inf:  # NaN fails every comparison
-            raise ValueError(f"its values go from {low} to {high}; they must be finite, and not negative")
-        say_once(
-            f"note: mode {image.mode}: white is the first of 1, 255, 1023, 4095, 16383, 65535, .. that no "
-            f"value of an image exceeds"
-        )
-
-        # Scale to 8 bits. Values up to 1 are shares of white. All else has as many bits as cameras write, 8,
-        # 10, 12, 14 or 16 (32-bit files more), the fewest that the largest value fits in. Divided by that
-        # value itself, images of one set would differ in contrast.
-        if high <= 1:
-            values = np.rint(255 * values)
-        bits = 8
-        while high >= 2**bits:
-            bits += 2
-        image = Image.fromarray((values // 2 ** (bits - 8)).astype(np.uint8))
-
-    # Lay what is transparent over white, whatever colour lies beneath.
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
-
-
-def jpeg_pixels(data):
-    """How many pixels the header of a JPEG announces. (PIL takes fifty times as long to say so.)"""
-    # Go from segment to segment: 0xFF, the kind, the length; a frame's goes on with depth, height and width.
-    place = kind = length = 0
-    while kind not in b"\xc0\xc1\xc2":
-        place += 2 + length
-        kind, length, height, width = struct.unpack_from(">xBHxHH", data, place)
-    return height * width
-
-
-def decode(path):
-    """An image file -> uint8 RGB (3, height, width), as `from_pil` has it.
-
-    JPEGs go to torchvision's decoder, which is about twice as fast as PIL; everything else, what it cannot
-    read, and what has more pixels than PIL reads without a warning, goes to PIL. (On damaged PNGs
-    torchvision's decoder can take the process with it.)
-    """
-    data = np.fromfile(path, dtype=np.uint8)
-    if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
-        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, struct.error):
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                return torchvision.io.decode_image(
-                    torch.from_numpy(data), mode="RGB", apply_exif_orientation=True
-                )
-    with Image.open(path) as image:
-        return from_pil(image)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Sets: len(set) and set[i] -> (uint8 (3, height, width), label). `classes` is a list of names, empty without
-# labels; `labels` is a list of numbers.
+# labels; `labels` is a list of numbers; `name(i)` is what a message calls sample i. (LabeledDataset, for the
+# sets of torchvision, stands further down.)
 # ------------------------------------------------------------------------------------------------------------
 @dataclass
 class ImageFiles:
-    """Image files with labels, or without (label -1)."""
+    """Image files with labels, or without (label -1): what a folder or a list holds."""
 
     paths: list
     labels: list | None = None
@@ -165,59 +102,28 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return decode(self.paths[i]), self.labels[i] if self.labels else -1
+        label = self.labels[i] if self.labels else -1
+        return decode(self.paths[i]), label
 
     def name(self, i):
-        """What a message calls sample i."""
         return self.paths[i]
 
 
-class LabeledDataset:
-    """Samples of several data sets as one, with their labels at hand without reading an image.
-
-    parts: [(data set, labels), ...]; samples: [(data set, index in it, label), ...], or None for all. A label
-    is a number; for many labels an image it is a list of 0 and 1.
-    """
-
-    def __init__(self, parts, classes, samples=None):
-        self.parts = parts
-        self.classes = list(classes)
-        whole = [(part, j, label) for part, labels in parts for j, label in enumerate(labels)]
-        self.samples = samples or whole
-
-    def __len__(self):
-        return len(self.samples)
-
-    @property
-    def labels(self):
-        return [label for _, _, label in self.samples]
-
-    def __getitem__(self, i):
-        part, j, label = self.samples[i]
-        image = part[j][0]
-        if not isinstance(image, torch.Tensor):  # torchvision's sets give PIL images
-            image = from_pil(image)
-        return image, label
-
-    def name(self, i):
-        part, j, _ = self.samples[i]
-        return part.name(j) if hasattr(part, "name") else f"sample {j} of {type(part).__name__}"
-
-    def choose(self, indices):
-        return LabeledDataset([], self.classes, [self.samples[i] for i in indices])
-
-
 def triangle(u, v):
-    sector = 2 * np.pi / 3
-    angle = (np.arctan2(u, v) + sector / 2) % sector - sector / 2
-    return np.cos(sector / 2) - np.hypot(u, v) * np.cos(angle)
+    """An equilateral triangle with its corners at radius 1, for SHAPES."""
+    # Turn the point by a multiple of 120 degrees, so that its nearest edge is the one across the v axis.
+    third = 2 * np.pi / 3
+    angle = (np.arctan2(u, v) + third / 2) % third - third / 2
+    return np.cos(third / 2) - np.hypot(u, v) * np.cos(angle)
 
 
 def rectangle(u, v, length, width):
+    """A rectangle of 2 length x 2 width, for SHAPES."""
     return np.minimum(length - np.abs(u), width - np.abs(v))
 
 
-SHAPES = {  # name -> signed inside-ness: > 0 inside, about 1 unit per object radius
+# Name -> f(u, v): positive inside the shape, and about the distance to its edge. The object's radius is 1.
+SHAPES = {
     "disc": lambda u, v: 0.9 - np.hypot(u, v),
     "ring": lambda u, v: 0.25 - np.abs(np.hypot(u, v) - 0.7),
     "triangle": triangle,
@@ -234,9 +140,9 @@ SHAPES = {  # name -> signed inside-ness: > 0 inside, about 1 unit per object ra
 class Shapes:
     """Drawn images: a textured object near the centre of a cluttered background; the class is its shape.
 
-    These are the single-centric-object images that MixedAE Sec. 3.4 builds on, with a mask and a box to
-    measure by. Colours, texture, size, rotation and background are nuisance. Index i of a split is always the
-    same image, and `train` and `val` share none.
+    These are the single-centric-object images that MixedAE Sec. 3.4 builds on, each with the mask and the box
+    of its object. Colours, texture, size, rotation and background vary at random and tell nothing about the
+    class. Index i of a split is always the same image, and `train` and `val` share none.
     """
 
     def __init__(self, image_size, split, length):
@@ -253,6 +159,7 @@ class Shapes:
         return self.length
 
     def rng(self, i):
+        """The generator that draws image i."""
         return np.random.default_rng(seed_of("shapes", self.split, i))
 
     @property
@@ -269,7 +176,7 @@ class Shapes:
 
     def draw(self, i):
         """{"image": uint8 (3, height, width), "label": int, "mask": bool (height, width), "box": (x0, y0, x1,
-        y1) in pixels, ends excluded}."""
+        y1) in pixels, ends excluded}. The mask and the box are for measures and for dense.py."""
         rng = self.rng(i)
         label = int(rng.integers(len(SHAPES)))
         canvas = self.background(rng)
@@ -296,7 +203,8 @@ class Shapes:
         u = cos * (x - cx) + sin * (y - cy)
         v = cos * (y - cy) - sin * (x - cx)
 
-        # Blend in a texture of its own, with an edge one pixel wide.
+        # Blend in a texture of its own, with an edge one pixel wide. `inside` is in radii of the object, and
+        # half the short side is 1: the factor behind it makes pixels of it.
         inside = list(SHAPES.values())[label](u, v)  # (height, width)
         alpha = np.clip(0.5 + inside * radius * min(self.image_size) / 2, 0, 1)  # (height, width)
         canvas = (1 - alpha) * canvas + alpha * self.texture(rng)
@@ -318,120 +226,15 @@ class Shapes:
 
     @staticmethod
     def finish(canvas):
+        """The canvas in [0, 1] -> uint8 (3, height, width)."""
         return torch.from_numpy((canvas * 255).astype(np.uint8))
-
-
-def object_awareness(maps, masks):
-    """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the
-    image that the object covers. An encoder that looks everywhere alike has equal shares.
-
-    maps (B, h, w), each with the sum 1; masks bool (B, height, width) -> two floats.
-    """
-    area = F.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # of each patch, (B, h, w)
-    return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # --data: from a word to sets
 # ------------------------------------------------------------------------------------------------------------
 NAMES = ("shapes", "cifar10", "cifar100")
-SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours
-
-
-def available_cores():
-    """Cores that this process may use, shared among the training processes of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
-    """The flags of --data and of augmentation. names: the sets that the help lists; nargs: how many words
-    --data takes."""
-    add = parser.add_argument_group("data").add_argument
-    what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
-    add("--data", default=default, nargs=nargs, help=what)
-    add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
-    add("--download", action="store_true", help="let torchvision download the set into --data-root")
-    add(
-        "--augment",
-        choices=("none", "fixed-crop", "random-crop", "color-jitter"),
-        default="random-crop",
-        help="none; a crop of fixed size (224 of 256) and a flip; "
-        "a crop of random size and a flip (MAE, MixedAE Sec. 4.1); "
-        "the same with colour jitter (MAE Table 1e)",
-    )
-    add(
-        "--crop-scale",
-        type=unit_float,
-        nargs=2,
-        default=[0.2, 1.0],
-        metavar=("MIN", "MAX"),
-        help="share of the image that a random crop covers (MAE: .2 to 1)",
-    )
-
-
-def open_folder(folder):
-    """A folder -> ImageFiles. Its first level of folders are the classes; if images lie directly in it, there
-    are no labels."""
-
-    def refuse(error):
-        raise UserError(
-            f"{error.filename}: no images in it can be read ({error.strerror}); let it be read, or move it "
-            f"away"
-        )
-
-    # Walk through it; a link may lead back up, so no real folder is visited twice.
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        seen.add(os.path.realpath(root))
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
-        ]
-        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.join(root, name) for name in images]
-    found.sort()  # os.walk has no fixed order, and index i must be one file in all processes and restarts
-    if not found:
-        raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
-
-    # Name the classes.
-    parts = [Path(path).relative_to(folder).parts for path in found]
-    if any(len(part) == 1 for part in parts):
-        return ImageFiles(found)
-    classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
-    return ImageFiles(found, labels.tolist(), classes.tolist())
-
-
-def open_list(path):
-    """A .txt with one image path a line, absolute or relative to the list's own folder -> ImageFiles without
-    labels. They are sorted, so the order of the lines does not matter."""
-    try:
-        text = path.read_bytes()
-        utf16 = text[:1] in b"\xff\xfe"  # its mark is one of both orders; UTF-8 never begins so
-        lines = text.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); give a list in UTF-8") from None
-    paths = sorted(str(path.parent / line.strip()) for line in lines if line.strip())
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing or not paths:
-        raise UserError(
-            f"{path}: {len(missing)} of its {len(paths)} image files do not exist, such as {missing[:1]}"
-        )
-    return ImageFiles(paths)
-
-
-def open_torchvision(args):
-    """cifar10 or cifar100 -> (training set, test set)."""
-    kind = getattr(torchvision.datasets, args.data.upper())
-    try:
-        sets = [kind(args.data_root, train=train, download=args.download) for train in (True, False)]
-    except Exception as error:  # each set and each server fails in its own way
-        raise UserError(
-            f"--data {args.data}: {one_line(error)} -- put its files below {args.data_root} (--data-root) "
-            f"or add --download"
-        ) from None
-    return tuple(LabeledDataset([(dataset, dataset.targets)], dataset.classes) for dataset in sets)
+SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000  # ours: how many drawings
 
 
 def open_sets(args):
@@ -442,9 +245,9 @@ def open_sets(args):
     if args.data in NAMES:
         return open_torchvision(args)
     path = Path(args.data)
-    if os.path.isdir(args.data):  # "" is none, but Path("") is the folder we are in
-        folders = {}  # name in small letters -> folder
-        with contextlib.suppress(OSError):  # `open_folder` will say it
+    if os.path.isdir(args.data):  # not path.is_dir(): Path("") is the current folder
+        folders = {}  # name in lower case -> folder
+        with contextlib.suppress(OSError):  # `open_folder` reports the error
             folders = {folder.name.lower(): folder for folder in path.iterdir() if folder.is_dir()}
         for val in ("val", "valid", "validation", "test"):
             if {"train", val} <= folders.keys():
@@ -500,12 +303,6 @@ def train_transform(args):
 # ------------------------------------------------------------------------------------------------------------
 # Samples and batches
 # ------------------------------------------------------------------------------------------------------------
-def broken_name(dataset, i, error):
-    """What a message calls a sample that cannot be read: its name and, in brackets, the reason."""
-    reason = one_line(error, 500).partition(" '")[0].rstrip(":")  # without the name again
-    return str(error) if isinstance(error, UserError) else f"{dataset.name(i)} ({reason})"
-
-
 @dataclass
 class TrainDataset:
     """(epoch, i) -> (image uint8 (3, height, width) or None, label, names of broken samples met).
@@ -523,13 +320,16 @@ class TrainDataset:
         return len(self.dataset)
 
     def __getitem__(self, index):
+        # Seed torch's generator. With --workers 0 it is the one of the training process, which therefore
+        # seeds it again before it draws masks.
         epoch, i = index
         seed_torch(self.seed, "augment", epoch, i)
+
         broken = []
         while len(broken) < 10:
             try:
                 image, label = self.dataset[i]
-            except Exception as error:  # bad files make PIL and torchvision raise all kinds
+            except Exception as error:  # PIL and torchvision raise errors of all kinds for bad files
                 broken.append(broken_name(self.dataset, i, error))
                 i = int(torch.randint(len(self.dataset), ()))
                 continue
@@ -541,7 +341,8 @@ class TrainDataset:
 
 def collate(samples):
     """Samples -> images (B, 3, height, width) uint8, labels (B,) or masks (B, height, width), names of broken
-    ones. With objects, images and labels are lists; if a sample could not be made, both are None."""
+    ones. If labels are dicts of objects, images and labels are lists. If a sample could not be made, both are
+    None."""
     images, labels, broken = zip(*samples)
     names = sum(broken, [])
     if any(image is None for image in images):
@@ -550,24 +351,6 @@ def collate(samples):
         return list(images), list(labels), names
     labels = [torch.as_tensor(label) for label in labels]
     return torch.stack(images), torch.stack(labels), names
-
-
-def share(batch):
-    """Move the tensors of a batch to shared memory, in place."""
-    if isinstance(batch, torch.Tensor):
-        batch.share_memory_()
-    elif isinstance(batch, (list, tuple, dict)):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            share(part)
-
-
-def collate_in_worker(samples):
-    """`collate` for loader processes, which hand batches over in shared memory. By itself torch moves them
-    there in a thread, where the error of having no shared memory left is lost, and the training process waits
-    for ever. Moved here, the error reaches it."""
-    batch = collate(samples)
-    share(batch)
-    return batch
 
 
 class ResumableBatchSampler:
@@ -580,7 +363,6 @@ class ResumableBatchSampler:
     """
 
     def __init__(self, length, batch_size, accumulate, rank, world, seed, epochs):
-        self.shape = (world, accumulate, batch_size)
         self.global_batch = world * accumulate * batch_size  # B'
         if self.global_batch > length:
             raise UserError(
@@ -588,6 +370,8 @@ class ResumableBatchSampler:
                 f"accumulated) is larger than the set of {length}; lower --batch-size"
             )
         self.length = length
+        self.batch_size = batch_size
+        self.accumulate = accumulate
         self.rank = rank
         self.seed = seed
         self.start = 0  # steps that were done before: train.resume sets it
@@ -595,7 +379,7 @@ class ResumableBatchSampler:
         self.steps = epochs * self.steps_per_epoch
 
     def __len__(self):
-        return (self.steps - self.start) * self.shape[1]
+        return (self.steps - self.start) * self.accumulate
 
     def __iter__(self):
         for step in range(self.start, self.steps):
@@ -607,24 +391,266 @@ class ResumableBatchSampler:
                 order = torch.randperm(self.length, generator=generator)
 
             # Take this process's share of the step's batch, micro-batch by micro-batch.
-            batch = order[k * self.global_batch :][: self.global_batch].view(self.shape)
+            batch = order[k * self.global_batch :][: self.global_batch]
+            batch = batch.view(-1, self.accumulate, self.batch_size)  # (processes, micro-batches, images)
             for micro_batch in batch[self.rank]:
                 yield [(epoch, i) for i in micro_batch.tolist()]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The measure of MixedAE Sec. 3.4, for train.py's log
+# ------------------------------------------------------------------------------------------------------------
+def object_awareness(maps, masks):
+    """MixedAE Sec. 3.4 as a number: the share of attention that falls on the object, and the share of the
+    image that the object covers. An encoder that looks everywhere alike has equal shares.
+
+    maps (B, h, w), each with the sum 1; masks bool (B, height, width) -> two floats.
+    """
+    area = F.adaptive_avg_pool2d(masks.float(), maps.shape[1:])  # (B, h, w): the covered share of each patch
+    return (maps * area).sum(dim=(1, 2)).mean().item(), area.mean().item()
+
+
+# ============================================================================================================
+# A first reading may stop here. What follows: flags, image files, folders and lists, torchvision's sets,
+# loader processes, broken images, pictures, charts, and the run's folder.
+# ============================================================================================================
+def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
+    """The flags of --data and of augmentation, for train.py and finetune.py. names: the sets that the help
+    lists; nargs: how many words --data takes."""
+    add = parser.add_argument_group("data").add_argument
+    what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
+    add("--data", default=default, nargs=nargs, help=what)
+    add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
+    add("--download", action="store_true", help="let torchvision download the set into --data-root")
+    add(
+        "--augment",
+        choices=("none", "fixed-crop", "random-crop", "color-jitter"),
+        default="random-crop",
+        help="none; a crop of fixed size (224 of 256) and a flip; "
+        "a crop of random size and a flip (MAE, MixedAE Sec. 4.1); "
+        "the same with colour jitter (MAE Table 1e)",
+    )
+    add(
+        "--crop-scale",
+        type=unit_float,
+        nargs=2,
+        default=[0.2, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of the image that a random crop covers (MAE: .2 to 1)",
+    )
+
+
+def check_data_args(parser, args):
+    """What the types of the flags cannot check."""
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Image files of every kind, for ImageFiles and for train.py --draw
+# ------------------------------------------------------------------------------------------------------------
+say_once = functools.cache(print_rank0)  # once per process, so loader processes may each say it again
+
+
+def decode(path):
+    """An image file -> uint8 RGB (3, height, width), as `from_pil` has it.
+
+    JPEGs are read by torchvision, which is about twice as fast as PIL. PIL reads all else: other formats,
+    JPEGs that torchvision refuses, and images with more pixels than PIL reads without a warning. (A damaged
+    PNG can crash torchvision's decoder, and the process with it.)
+    """
+    data = np.fromfile(path, dtype=np.uint8)
+    if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
+        # Torchvision has deprecated its decoders. A version without them raises an AttributeError.
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, struct.error):
+            warnings.simplefilter("ignore", DeprecationWarning)
+            if jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
+                return torchvision.io.decode_image(
+                    torch.from_numpy(data), mode="RGB", apply_exif_orientation=True
+                )
+    with Image.open(path) as image:
+        return from_pil(image)
+
+
+def jpeg_pixels(data):
+    """How many pixels the header of a JPEG announces. (PIL takes fifty times as long to say so.)"""
+    # Walk through the segments, which begin after two bytes, up to the first frame header (kind C0, C1 or
+    # C2). A segment is 0xFF, its kind, its length (which counts all from itself on), and its content; in a
+    # frame header that is depth, height, width and more.
+    place = kind = length = 0
+    while kind not in b"\xc0\xc1\xc2":
+        place += 2 + length
+        kind, length, height, width = struct.unpack_from(">xBHxHH", data, place)
+    return height * width
+
+
+def from_pil(image):
+    """A PIL image -> uint8 RGB (3, height, width): grey and palettes expanded, the EXIF rotation applied,
+    numbers of 16 or 32 bits scaled to 8, what is transparent laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits and floats: PIL's `convert` would clip them to 255
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high < math.inf:  # NaN fails every comparison
+            raise ValueError(f"its values go from {low} to {high}; they must be finite, and not negative")
+        say_once(
+            f"note: mode {image.mode}: white is the first of 1, 255, 1023, 4095, 16383, 65535, .. that no "
+            f"value of an image exceeds"
+        )
+
+        # Scale to 8 bits. If no value exceeds 1, 1 is white. Else guess the bit depth from the largest value:
+        # the smallest of 8, 10, 12, 14, 16 (the depths that cameras write), 18, ... bits that holds it. Each
+        # image has its own guess: in a set of 12 bits, one whose largest value is 1000 is taken for 10 bits
+        # and comes out four times too bright.
+        if high <= 1:
+            values = np.rint(255 * values)
+        bits = 8
+        while high >= 2**bits:
+            bits += 2
+        image = Image.fromarray((values // 2 ** (bits - 8)).astype(np.uint8))
+
+    # Lay what is transparent over white, whatever colour lies beneath.
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders, lists and torchvision's sets, for `open_sets`, finetune.py and dense.py
+# ------------------------------------------------------------------------------------------------------------
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def open_folder(folder):
+    """A folder -> ImageFiles. Its first level of folders are the classes; if images lie directly in it, there
+    are no labels."""
+
+    def refuse(error):
+        raise UserError(
+            f"{error.filename}: no images in it can be read ({error.strerror}); let it be read, or move it "
+            f"away"
+        )
+
+    # Walk through it, following links. Within a class, list each real folder once, and `folder` itself never
+    # again. So links that lead up or in circles come to an end: at most (classes x real folders) are listed.
+    # Sort the folders, so that the result does not depend on the order in which the file system has them.
+    found = []  # (path, class)
+    top = os.path.realpath(folder)
+    listed = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        parts = Path(root).relative_to(folder).parts  # () in `folder` itself, else (class, ...)
+        if len(parts) == 1:  # a class begins; the one before is finished
+            listed = {top}
+        real = os.path.realpath(root)
+        if real in listed:
+            folders.clear()  # os.walk goes on into what is left in `folders`: here nothing
+            continue
+        listed.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            (os.path.join(root, name), "".join(parts[:1]))
+            for name in names
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    found.sort()  # index i must be the same file in all processes and restarts
+    if not found:
+        raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
+
+    # Name the classes.
+    paths, names = map(list, zip(*found))
+    if "" in names:
+        return ImageFiles(paths)
+    classes, labels = np.unique(names, return_inverse=True)
+    return ImageFiles(paths, labels.tolist(), classes.tolist())
+
+
+def open_list(path):
+    """A .txt with one image path per line, absolute or relative to the list's own folder -> ImageFiles
+    without labels. They are sorted, so the order of the lines does not matter."""
+    try:
+        text = path.read_bytes()
+        utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # its byte order mark
+        lines = text.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); give a list in UTF-8") from None
+    paths = sorted(str(path.parent / line.strip()) for line in lines if line.strip())
+    if not paths:
+        raise UserError(f"{path}: names no image; give one path per line")
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of its {len(paths)} image files do not exist, such as {missing[:1]}"
+        )
+    return ImageFiles(paths)
+
+
+class LabeledDataset:
+    """Several data sets as one, whose labels are known without reading an image: for CIFAR here, and for the
+    sets of finetune.py.
+
+    parts: [(data set, labels), ...]; samples: [(data set, index in it, label), ...], or None for all. A label
+    is a number; with several labels per image it is a list of 0 and 1.
+    """
+
+    def __init__(self, parts, classes, samples=None):
+        self.classes = list(classes)
+        whole = [(part, j, label) for part, labels in parts for j, label in enumerate(labels)]
+        self.samples = samples or whole
+
+    def __len__(self):
+        return len(self.samples)
+
+    @property
+    def labels(self):
+        return [label for _, _, label in self.samples]
+
+    def __getitem__(self, i):
+        part, j, label = self.samples[i]
+        image = part[j][0]
+        if not isinstance(image, torch.Tensor):  # torchvision's sets give PIL images
+            image = from_pil(image)
+        return image, label
+
+    def name(self, i):
+        part, j, _ = self.samples[i]
+        return part.name(j) if hasattr(part, "name") else f"sample {j} of {type(part).__name__}"
+
+    def choose(self, indices):
+        """A set of these samples alone, for finetune.py's subsets and published splits."""
+        return LabeledDataset([], self.classes, [self.samples[i] for i in indices])
+
+
+def open_torchvision(args):
+    """cifar10 or cifar100 -> (training set, test set)."""
+    kind = getattr(torchvision.datasets, args.data.upper())
+    try:
+        sets = [kind(args.data_root, train=train, download=args.download) for train in (True, False)]
+    except Exception as error:  # each set and each server fails in its own way
+        raise UserError(
+            f"--data {args.data}: {one_line(error)} -- put its files below {args.data_root} (--data-root) "
+            f"or add --download"
+        ) from None
+    return tuple(LabeledDataset([(dataset, dataset.targets)], dataset.classes) for dataset in sets)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loader processes: the training loop gets its batches from `load_batches`
+# ------------------------------------------------------------------------------------------------------------
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def ignore_signals(worker):
-    """A signal to the whole group must not end the workers before the training process has saved."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def available_cores():
+    """Cores that this process may use, shared among the training processes of this machine: the default of
+    --workers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def load_batches(dataset, batches, workers, pin_memory):
     """Yields what `collate` returns, for each list of indices in `batches`. If a loader process dies or gets
     no shared memory, that is a UserError of code 1."""
-    stream, failure = None, None
+    stream = None
+    failure = None
     try:
         stream = iter(
             DataLoader(
@@ -637,8 +663,9 @@ def load_batches(dataset, batches, workers, pin_memory):
                 prefetch_factor=4 if workers else None,
             )
         )
-        # When a loader process dies, torch raises an error wherever the training process happens to be.
-        # Without its handler the error shows here, when the next batch is asked for.
+        # When a loader process dies, torch's handler of SIGCHLD raises an error in whatever line the training
+        # process has come to. Remove the handler (for the rest of the program): then the error is raised
+        # here, when the next batch is asked for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from stream
     except Exception as error:
@@ -651,10 +678,11 @@ def load_batches(dataset, batches, workers, pin_memory):
         # processes before we report.
         failure.__traceback__ = failure.__cause__ = failure.__context__ = None
         del stream
-        # Torch's text begins with "Caught" if a data set or a transform raised the error in its process. It
-        # holds the traceback from there, which whoever wrote that code needs: raise it as it is.
+        # If code of ours raised the error in a loader process, torch's text begins with "Caught" and holds
+        # the traceback from there. Whoever wrote the data set or the transform needs it: raise it as it is,
+        # unless it comes from `share` and says that no shared memory is left.
         text = str(failure) or type(failure).__name__
-        if "Caught" in text and "No space left" not in text and "shared memory" not in text:
+        if text.startswith("Caught") and "No space left" not in text and "shared memory" not in text:
             raise failure
         reason = text.strip().splitlines()[-1][:120]
         raise UserError(
@@ -662,6 +690,43 @@ def load_batches(dataset, batches, workers, pin_memory):
             f"memory (in docker: --shm-size), and start the same command again",
             code=1,
         )
+
+
+def ignore_signals(worker):
+    """In a loader process: a signal to the whole group must not end it before the training process has
+    saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def collate_in_worker(samples):
+    """`collate` for loader processes, which hand batches over in shared memory. Torch would move them there
+    in a background thread; if no shared memory is left, that thread's error is lost, and the training process
+    waits for ever. We move them here, so that the error reaches it."""
+    batch = collate(samples)
+    share(batch)
+    return batch
+
+
+def share(batch):
+    """Move the tensors of a batch to shared memory, in place."""
+    if isinstance(batch, torch.Tensor):
+        batch.share_memory_()
+    elif isinstance(batch, (list, tuple, dict)):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            share(part)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Broken images
+# ------------------------------------------------------------------------------------------------------------
+def broken_name(dataset, i, error):
+    """What a message calls a sample that cannot be read: its name and, in brackets, the reason. (A UserError
+    says both itself.)"""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = one_line(error, 500).partition(" '")[0].rstrip(":")  # without the quoted file name at its end
+    return f"{dataset.name(i)} ({reason})"
 
 
 @dataclass
@@ -682,7 +747,8 @@ class BrokenImages:
                 self.names.append(name)
 
     def count(self, images, labels, names):
-        """Take note of what `collate` returned -> (images, labels); a UserError if there are none."""
+        """What `collate` returned -> (images, labels). The broken ones are noted, the others counted, and
+        `too_many` is kept up to date. If `collate` could make no batch, that is a UserError."""
         self.note(names)
         if images is None:
             raise self.error()
@@ -698,6 +764,17 @@ class BrokenImages:
         )
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------
+# Red, blue, yellow, green, violet, orange, turquoise, grey: for the images that mixedae.py mixes, and for the
+# runs in a chart.
+COLOURS = [
+    [value / 255 for value in bytes.fromhex(colour)]
+    for colour in ("e54c3d", "3399db", "f2c40f", "2ecc70", "9c59b5", "e57d21", "1abd9c", "808c8c")
+]
+
+
 def fixed_images(dataset, image_size, count):
     """The same `count` images of a set each time, centred -> uint8 (count, 3, height, width); and of `shapes`
     the masks of the objects, bool (count, height, width), else None. They are drawn at random, because files
@@ -709,22 +786,10 @@ def fixed_images(dataset, image_size, count):
     return images, masks
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------------------
-# Of images, runs and layers: red, blue, yellow, green, violet, orange, turquoise, grey.
-COLOURS = [
-    [value / 255 for value in bytes.fromhex(colour)]
-    for colour in ("e54c3d", "3399db", "f2c40f", "2ecc70", "9c59b5", "e57d21", "1abd9c", "808c8c")
-]
-NOT_CHARTED = {"step", "epoch", "lr", "images_per_s", "data_wait", "memory_mb", "skipped_steps"}
-SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "through_H": "skipped"}
-
-
 def heat_map(maps, images):
     """maps (B, h, w), not negative -> heat from black over red and yellow to white, (B, 3, height, width), as
-    large as the images. The scale is the same for all maps: a patch with the mean of its map is dark red, one
-    with four times the mean or more is white. So attention that looks everywhere alike shows as such."""
+    large as the images. The scale of each map is relative to its mean: a patch with the mean is dark red, one
+    with four times the mean or more is white. So attention that looks everywhere alike is evenly dark red."""
     mean = maps.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     heat = (maps / (4 * mean)).clamp(max=1).unsqueeze(1)  # (B, 1, h, w) in [0, 1]
     heat = F.interpolate(heat, images.shape[-2:])
@@ -733,9 +798,10 @@ def heat_map(maps, images):
 
 def picture_sheet(panels, legend=()):
     """{title: (B, 3, height, width) in [0, 1]} -> one PIL image: a row per image, a titled column per panel,
-    enlarged if small. legend: pairs of a name and its colour (three numbers to 255), a line each below."""
+    enlarged if small. legend: pairs of a name and its colour (three numbers to 255), written below, one per
+    line."""
     # Lay the pictures out on a grid.
-    pictures = torch.stack([panel.float().cpu() for panel in panels.values()], dim=1)  # (B, k, 3, ..)
+    pictures = torch.stack([panel.float().cpu() for panel in panels.values()], dim=1)  # (B, panels, 3, ..)
     zoom = max(1, round(128 / pictures.shape[-2]))
     pictures = F.interpolate(pictures.flatten(0, 1).clamp(0, 1), scale_factor=zoom)
     grid = make_grid(pictures, nrow=len(panels), padding=4, pad_value=1)
@@ -754,23 +820,63 @@ def picture_sheet(panels, legend=()):
     return sheet
 
 
-def round_ticks(low, high):
-    """Up to seven round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
-    if low == high:
-        return np.array([low])
-    span = high - low
-    power = 10.0 ** math.floor(math.log10(span / 6))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
-    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+# ------------------------------------------------------------------------------------------------------------
+# Charts of the log
+# ------------------------------------------------------------------------------------------------------------
+# Numbers of a log row that no chart shows.
+NOT_CHARTED = {"step", "epoch", "lr", "images_per_s", "data_wait", "memory_mb", "skipped_steps"}
+# Numbers that are drawn into the chart of another one, to compare the two.
+SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "through_H": "skipped"}
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl; lines that a kill or a full disk cut short are left out."""
+    path = Path(folder) / "log.jsonl"
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def curves(folders):
+    """The logs of several runs -> one PIL image with a chart for each number of a log row, or None if no log
+    has two rows. A number is drawn against the epoch (MixedAE Fig. 6b); a list, one value per layer, is drawn
+    against the layer, as the last row has it (Fig. 6a). A run has the same colour in all charts."""
+    charts = defaultdict(lambda: defaultdict(list))  # title -> `lines` of line_chart
+    styles = {}
+    for colour, folder in enumerate(folders):
+        rows = read_log(folder)
+        run = "/".join(Path(folder).parts[-2:])
+        for row in rows if len(rows) > 1 else ():
+            for key in sorted(row.keys() - NOT_CHARTED):
+                values = np.array(row[key], dtype=float)  # () or (layers,)
+                if not np.isfinite(values).all():
+                    continue
+                title = SAME_CHART.get(key, key)
+                line = run if title == key else f"{run} {key}"
+                styles[line] = (colour, 2 if title == key else 1)
+                if values.ndim:
+                    charts[f"{key}, last row, against the layer"][line] = [*enumerate(values, start=1)]
+                else:
+                    charts[f"{title} against the epoch"][line].append((row["epoch"], values))
+    if not charts:
+        return None
+
+    # Put the charts side by side, three in a row, the loss first.
+    order = sorted(charts, key=lambda title: (not title.startswith("loss "), title))
+    tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title], styles)) for title in order]
+    return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 
 def line_chart(title, lines, styles=None):
     """{name: [(x, y), ...]} -> a PIL image with round ticks on both axes and a legend of two columns. styles:
-    {name: (its number among the colours, its width)} [one after the other, 2 wide]."""
+    {name: (index in COLOURS, line width)}; None: the colours in turn, width 2."""
     # Draw three times as large, to reduce the picture at the end: that smooths lines and letters.
     zoom = 3
     chart = Image.new("RGB", (420 * zoom, 262 * zoom), "white")
-    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(11 * zoom)
+    draw = ImageDraw.Draw(chart)
+    font = ImageFont.load_default(11 * zoom)
 
     def write(x, y, text, colour="black", anchor="la"):
         draw.text((zoom * x, zoom * y), text, colour, font, anchor)
@@ -790,7 +896,7 @@ def line_chart(title, lines, styles=None):
         left, up = place(low[0], y)
         draw.line([(left, up), (405 * zoom, up)], "lightgrey", zoom)
         write(44, up / zoom, f"{y:.4g}", anchor="rm")
-    whole = not (points[:, 0] % 1).any()  # layers have no halves
+    whole = not (points[:, 0] % 1).any()  # then no tick between two whole numbers, such as layers
     for x in round_ticks(low[0], high[0]):
         if whole and x % 1:
             continue
@@ -805,43 +911,14 @@ def line_chart(title, lines, styles=None):
     return chart.reduce(zoom)
 
 
-def read_log(folder):
-    """The rows of a run's log.jsonl; lines that a kill or a full disk cut short are left out."""
-    path, rows = Path(folder) / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def curves(folders):
-    """The logs of run folders, to compare them -> one PIL image: each number against the epoch (MixedAE Fig.
-    6b), each list, as the last row has it, against the layer (Fig. 6a). A run has one colour everywhere. None
-    if no log has two rows."""
-    charts, styles = defaultdict(lambda: defaultdict(list)), {}  # title -> lines of `line_chart`
-    for colour, folder in enumerate(folders):
-        rows = read_log(folder)
-        run = "/".join(Path(folder).parts[-2:])
-        for row in rows if len(rows) > 1 else ():
-            for key in sorted(row.keys() - NOT_CHARTED):
-                values = np.array(row[key], dtype=float)  # () or (layers,)
-                if not np.isfinite(values).all():
-                    continue
-                title = SAME_CHART.get(key, key)
-                line = run if title == key else f"{run} {key}"
-                styles[line] = (colour, 2 if title == key else 1)
-                if values.ndim:
-                    points = list(enumerate(values, start=1))
-                    charts[f"{key}, last row, against the layer"][line] = points
-                else:
-                    charts[f"{title} against the epoch"][line].append((row["epoch"], values))
-    if not charts:
-        return None
-
-    # Put the charts side by side, three in a row, the loss first.
-    order = sorted(charts, key=lambda title: (not title.startswith("loss "), title))
-    tiles = [v2.functional.pil_to_tensor(line_chart(title, charts[title], styles)) for title in order]
-    return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
+def round_ticks(low, high):
+    """Up to seven round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    if low == high:
+        return np.array([low])
+    span = high - low
+    power = 10.0 ** math.floor(math.log10(span / 6))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
+    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -849,8 +926,8 @@ def curves(folders):
 # ------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def writing(path):
-    """What goes wrong while a file is written is a UserError of code 1. Its folder is made again if somebody
-    has deleted it."""
+    """Turn an error while a file is written into a UserError of code 1. The file's folder is made again if
+    somebody has deleted it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -885,7 +962,8 @@ class RunFolder:
 
     def write(self, name, write):
         """write(file) into a temporary file, then rename it: the old file survives whatever happens."""
-        temporary, path = self.path / f"{name}.tmp", self.path / name
+        path = self.path / name
+        temporary = self.path / f"{name}.tmp"
         try:
             with writing(path):
                 with open(temporary, "wb") as file:
@@ -897,7 +975,7 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
 
     def write_text(self, name, text):
-        # Write the names of files, which may be any bytes, as they are.
+        # Names of files may hold bytes that are not UTF-8: write them unchanged.
         self.write(name, lambda file: file.write(text.encode(errors="surrogateescape")))
 
     def write_picture(self, name, image):
@@ -905,7 +983,7 @@ class RunFolder:
 
     def write_args(self, args, argv):
         """args.json: the flags, and what else one needs to repeat the run."""
-        commit = ""  # stays so where there is no git, or no repository
+        commit = ""  # without git, or outside a repository
         words = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         with contextlib.suppress(OSError):
             commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()

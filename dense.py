@@ -1,5 +1,4 @@
-"""What a pre-trained encoder is worth where every pixel counts: semantic segmentation, and detection with
-masks.
+"""Test a pre-trained encoder on semantic segmentation, and on detection with masks.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> finetune -> **dense**.
 
@@ -10,37 +9,35 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     python dense.py --evaluate runs/mixedae-segment-shapes                             # a finished run again
     python dense.py --evaluate runs/mixedae-segment-shapes --predict path/to/images    # your own images
 
-A task decides what is trained on top of the encoder. With patches of p = 16 pixels:
+A task decides what is trained on top of the encoder. With patches of 16 pixels:
 
-    segment     images (B, 3, height, width)
-                -- encoder, trained: outputs of blocks 4, 6, 8, 12 of 12 --> four of (B, D, h, w)
-                -- MultiScaleNeck --> four maps (B, D, ..) of strides 4, 8, 16, 32
-                -- UperHead, enlarged --> scores (B, classes, height, width)
-                or, with --head linear:
-                -- encoder, frozen: its features --> (B, D, h, w)
-                -- BatchNorm, linear, enlarged --> scores (B, classes, height, width)
+    --task segment: images (B, 3, height, width)
+        -- encoder, trained ------------------> outputs of blocks 4, 6, 8, 12 of 12: four of (B, D, h, w)
+        -- MultiScaleNeck --------------------> four maps (B, D, ..) of strides 4, 8, 16, 32
+        -- UperHead, enlarged ----------------> scores (B, classes, height, width)
 
-    detect      a list of images (3, height, width) of any sizes
-                -- DetectorTransform: normalised, padded --> (B, 3, ..)
-                -- Pyramid: encoder, trained, and neck --> five maps (B, width, ..) of strides 4 to 64
-                -- region proposal network --> boxes that may hold an object
-                -- heads of Mask R-CNN --> an image's boxes (N, 4), classes (N,), masks (N, 1, height, width)
+    --task segment --head linear: images (B, 3, height, width)
+        -- encoder, frozen -------------------> features of the patches (B, D, h, w)
+        -- BatchNorm, linear, enlarged -------> scores (B, classes, height, width)
 
-Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2. What they leave open:
+    --task detect: a list of images (3, height, width) of any sizes
+        -- DetectorTransform: normalise, pad -> images (B, 3, ..) of one size
+        -- Pyramid: encoder, trained, neck ---> five maps (B, channels, ..) of strides 4 to 64
+        -- region proposal network -----------> boxes that may hold an object
+        -- heads of Mask R-CNN ---------------> per image boxes (N, 4), classes (N,), masks (N, 1, ..)
+
+Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2. What differs from them:
     - Segmentation follows BEiT's and CAE's code (which is mmsegmentation's), without their learned relative
       position bias, which the papers do not mention. Photometric distortion is torchvision's colour jitter:
       see `SceneTransform`. BatchNorm is synchronised between processes on CUDA alone.
     - Detection is torchvision's Mask R-CNN: see `Detector`. Not here: Cascade Mask R-CNN (MixedAE Sec. 4.3,
       CAE Table 7), ViTDet's window attention and relative positions, and the second augmentation of CAE's
       code (resize, crop, resize), which its paper does not mention.
-    - best.pt is the epoch that is best on the test set: an optimistic number. results.json has the last
-      epoch's too.
 """
 
 import argparse
 import json
 import math
-import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -136,19 +133,19 @@ class MultiScaleNeck(nn.Module):
     """Four maps (B, D, h, w) of a ViT with patches of 16 pixels -> maps of strides 4, 8, 16 and 32 (BEiT's
     and CAE's code). For UperNet and for Mask R-CNN with --neck fpn.
 
-    narrowing: whether each doubling of the size halves the width, as in ViTDet; see `SimplePyramid`.
+    narrowing: whether each doubling of the size halves the channels, as in ViTDet; see `SimplePyramid`.
     """
 
     def __init__(self, width, narrowing=False, norm=nn.BatchNorm2d):
         super().__init__()
-        half, quarter = (width // 2, width // 4) if narrowing else (width, width)
+        at_8, at_4 = (width // 2, width // 4) if narrowing else (width, width)  # channels at these strides
         up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-        four_times = nn.Sequential(up(width, half), norm(half), nn.GELU(), up(half, quarter))
+        four_times = nn.Sequential(up(width, at_8), norm(at_8), nn.GELU(), up(at_8, at_4))
         coarser = nn.MaxPool2d(2, ceil_mode=True)
-        self.by_stride = nn.ModuleList([four_times, up(width, half), nn.Identity(), coarser])
+        self.by_stride = nn.ModuleList([four_times, up(width, at_8), nn.Identity(), coarser])
 
     def forward(self, maps):
-        return [scale(x) for scale, x in zip(self.by_stride, maps)]
+        return [layer(x) for layer, x in zip(self.by_stride, maps)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,14 +162,14 @@ class UperHead(nn.Module):
 
     def __init__(self, width, channels, classes):
         super().__init__()
-        layer = Conv2dNormActivation  # a convolution, BatchNorm, ReLU
+        conv = Conv2dNormActivation  # a convolution, BatchNorm, ReLU
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), layer(width, channels, 1)) for size in (1, 2, 3, 6)
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), conv(width, channels, 1)) for size in (1, 2, 3, 6)
         )
-        self.bottleneck = layer(width + 4 * channels, channels, 3)
-        self.lateral = nn.ModuleList(layer(width, channels, 1) for _ in range(3))
-        self.smooth = nn.ModuleList(layer(channels, channels, 3) for _ in range(3))
-        self.fuse = layer(4 * channels, channels, 3)
+        self.bottleneck = conv(width + 4 * channels, channels, 3)
+        self.lateral = nn.ModuleList(conv(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))
+        self.fuse = conv(4 * channels, channels, 3)
         self.dropout = nn.Dropout2d(0.1)
         self.classify = init_linear(nn.Conv2d(channels, classes, 1))
 
@@ -180,16 +177,16 @@ class UperHead(nn.Module):
         # Pool the coarsest map at several sizes, which lets each place see the whole image.
         last = maps[-1]
         pooled = [resize_like(pool(last), last) for pool in self.pools]
-        top = self.bottleneck(torch.cat([last, *pooled], dim=1))
+        top = self.bottleneck(torch.cat([last, *pooled], dim=1))  # (B, channels, ..), stride 32
 
-        # Hand down from level to level what the coarser one knows.
-        levels = [*(lateral(x) for lateral, x in zip(self.lateral, maps)), top]
+        # Add each level, enlarged, to the next finer one.
+        levels = [*(lateral(x) for lateral, x in zip(self.lateral, maps)), top]  # four of (B, channels, ..)
         for i in (2, 1, 0):
             levels[i] = levels[i] + resize_like(levels[i + 1], levels[i])
         levels[:3] = [smooth(x) for smooth, x in zip(self.smooth, levels)]
 
         # Bring all levels to the finest one's size, and classify its places.
-        levels = [resize_like(x, levels[0]) for x in levels]
+        levels = [resize_like(x, levels[0]) for x in levels]  # four of (B, channels, ..), stride 4
         return self.classify(self.dropout(self.fuse(torch.cat(levels, dim=1))))
 
 
@@ -197,7 +194,7 @@ class Segmenter(nn.Module):
     """--task segment: an encoder and a head. forward(images, masks) -> loss (), {}; logits(images) ->
     (B, classes, height, width), of images of any size.
 
-    --head uper trains all but the position table; --head linear leaves the encoder as it is.
+    --head uper trains all but the position table; --head linear keeps the encoder frozen.
     """
 
     def __init__(self, encoder, args, classes):
@@ -210,15 +207,15 @@ class Segmenter(nn.Module):
             encoder.requires_grad_(False)
             batch_norm = nn.BatchNorm2d(D, affine=False, eps=1e-6, momentum=None)  # as in linear probing
             self.head = nn.Sequential(batch_norm, init_linear(nn.Conv2d(D, classes, 1)))
-            return
-        set_drop_paths(encoder, args.drop_path)
-        encoder.norm = nn.Identity()  # maps are raw outputs of blocks
-        self.taps = tapped_blocks(len(encoder.blocks))
-        self.scales = MultiScaleNeck(D)
-        self.head = UperHead(D, args.head_width or D, classes)
-        self.auxiliary = nn.Sequential(  # a second head on the third map, in training alone
-            Conv2dNormActivation(D, 256, 3), nn.Dropout2d(0.1), init_linear(nn.Conv2d(256, classes, 1))
-        )
+        else:
+            set_drop_paths(encoder, args.drop_path)
+            encoder.norm = nn.Identity()  # the maps are raw outputs of blocks
+            self.taps = tapped_blocks(len(encoder.blocks))  # the blocks whose outputs are read
+            self.scales = MultiScaleNeck(D)
+            self.head = UperHead(D, args.head_width or D, classes)
+            self.auxiliary = nn.Sequential(  # a second head on the third map, in training alone
+                Conv2dNormActivation(D, 256, 3), nn.Dropout2d(0.1), init_linear(nn.Conv2d(256, classes, 1))
+            )
 
     def train(self, mode=True):
         super().train(mode)
@@ -226,37 +223,38 @@ class Segmenter(nn.Module):
             self.encoder.eval()
         return self
 
-    def scores(self, images):
-        """Normalised images (B, 3, height, width) -> fp32 scores (B, classes, height, width) of the head and,
-        in training an UperNet, of the auxiliary one."""
+    def all_logits(self, images):
+        """Normalised images (B, 3, height, width) -> a list: the fp32 scores (B, classes, height, width) of
+        the head and, with --head uper in training mode, those of the auxiliary head."""
         # Pad the right and the lower edge to whole patches.
         p = self.encoder.patch_size
         height, width = images.shape[-2:]
         images = F.pad(images, [0, -width % p, 0, -height % p])
 
-        # Score the places of the maps.
+        # Score the places of a map: patches, or UperNet's places of stride 4.
         if self.frozen:
             patches = self.encoder.features(images)["patches"]  # (B, L, D)
             h = images.shape[-2] // p
-            scores = [self.head(rearrange(patches, "b (h w) d -> b d h w", h=h))]
+            logits = [self.head(rearrange(patches, "b (h w) d -> b d h w", h=h))]
         else:
             maps = self.encoder.features(images, taps=self.taps)["taps"]  # four of (B, D, h, w), raw
-            scores = [self.head(self.scales(maps))]
+            logits = [self.head(self.scales(maps))]
             if self.training:
-                scores.append(self.auxiliary(maps[2]))
+                logits.append(self.auxiliary(maps[2]))
 
         # Enlarge them to the size of the images, and cut the padding off.
-        return [resize_like(x.float(), images)[..., :height, :width] for x in scores]
+        return [resize_like(x.float(), images)[..., :height, :width] for x in logits]
 
     def logits(self, images):
-        return self.scores(images)[0]
+        return self.all_logits(images)[0]
 
     def forward(self, images, masks):
-        """masks (B, height, width) of classes and IGNORE. The mean is over all pixels, ignored ones too, as
-        in mmsegmentation; the auxiliary head counts for .4 (CAE's code)."""
+        """masks (B, height, width) of classes and IGNORE. The sum over the pixels is divided by the number of
+        all of them, ignored ones included, as in mmsegmentation; the auxiliary head counts for .4 (CAE's
+        code)."""
         losses = [
-            F.cross_entropy(scores, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
-            for scores in self.scores(images)
+            F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum") / masks.numel()
+            for logits in self.all_logits(images)
         ]
         return losses[0] + 0.4 * sum(losses[1:]), {}
 
@@ -268,7 +266,8 @@ def segment_image(model, image, window):
     total = torch.zeros(1, model.classes, *sides, device=image.device)
     count = torch.zeros_like(total)
 
-    # The last window of a row or column ends at the edge.
+    # Windows begin every two thirds of their size; the last one of a row or column is moved back to end at
+    # the edge.
     tops, lefts = (
         sorted({min(start, max(side - size, 0)) for start in range(0, side, size * 2 // 3)})
         for side, size in zip(sides, window)
@@ -286,7 +285,7 @@ def segmentation_metrics(matrix):
     per cent; classes that never occur do not count."""
     matrix = matrix.double()
     hits, truth, found = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    return {  # of a class that never occurs both shares are 0 / 0
+    return {  # a class that never occurs has 0 / 0, which nanmean leaves out
         "miou": 100 * (hits / (truth + found - hits)).nanmean().item(),
         "mean_accuracy": 100 * (hits / truth).nanmean().item(),
         "pixel_accuracy": 100 * (hits.sum() / matrix.sum()).item(),
@@ -298,16 +297,17 @@ def segmentation_metrics(matrix):
 # ------------------------------------------------------------------------------------------------------------
 class SimplePyramid(MultiScaleNeck):
     """The neck of ViTDet (Li et al., ECCV 2022), which MR-MAE Sec. 4.2 follows: the map (B, D, h, w) of the
-    last block, four times -> maps (B, width, ..) of strides 4, 8, 16 and 32 (for patches of 16 pixels), each
-    made by itself."""
+    last block, four times -> maps (B, channels, ..) of strides 4, 8, 16 and 32 (for patches of 16 pixels).
+    Unlike in an FPN no map is added to another."""
 
-    def __init__(self, D, width):
+    def __init__(self, D, channels):
         norm = partial(LayerNorm2d, eps=1e-6)
         super().__init__(D, narrowing=True, norm=norm)
-        layer = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+        conv = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
+        # Per map two convolutions, each with its LayerNorm, in one flat Sequential.
         self.lateral = nn.ModuleList(
-            nn.Sequential(*layer(channels, width, 1), *layer(width, width, 3))
-            for channels in (D // 4, D // 2, D, D)
+            nn.Sequential(*conv(given, channels, 1), *conv(channels, channels, 3))
+            for given in (D // 4, D // 2, D, D)
         )
 
     def forward(self, maps):
@@ -316,26 +316,27 @@ class SimplePyramid(MultiScaleNeck):
 
 class Pyramid(nn.Module):
     """What Mask R-CNN calls a backbone, an encoder and its neck: normalised images (B, 3, height, width) ->
-    {"0": (B, width, height / 4, width / 4), "1", "2", "3", "pool": stride 64} for patches of 16 pixels, in
-    proportion for others.
+    {"0": (B, channels, height / 4, width / 4), "1", "2", "3", "pool"} of strides 4, 8, 16, 32 and 64 for
+    patches of 16 pixels, in proportion for others.
 
-    Necks: "fpn", four blocks through MultiScaleNeck and torchvision's FPN (CAE's code); "simple", see there.
+    Necks: "fpn", four blocks through MultiScaleNeck and torchvision's FPN (CAE's code); "simple", the last
+    block through SimplePyramid.
     """
 
-    def __init__(self, encoder, neck, width):
+    def __init__(self, encoder, neck, channels):
         super().__init__()
         self.encoder = encoder
-        self.out_channels = width  # torchvision reads it
-        encoder.norm = nn.Identity()  # maps are raw outputs of blocks
+        self.out_channels = channels  # torchvision reads it
+        encoder.norm = nn.Identity()  # the maps are raw outputs of blocks
         D, depth = encoder.width, len(encoder.blocks)
         if neck == "fpn":
             self.taps = tapped_blocks(depth)
             self.scales = MultiScaleNeck(D)
-            self.fpn = FeaturePyramidNetwork([D] * 4, width)
+            self.fpn = FeaturePyramidNetwork([D] * 4, channels)
         else:
             encoder.pos_embed.requires_grad_(True)  # ViTDet trains the position table
             self.taps = [depth] * 4
-            self.scales = SimplePyramid(D, width)
+            self.scales = SimplePyramid(D, channels)
             self.fpn = nn.Identity()
 
     def forward(self, images):
@@ -349,7 +350,8 @@ class Pyramid(nn.Module):
 
 class DetectorTransform(detection.transform.GeneralizedRCNNTransform):
     """What a Detector does with its images first: normalise, in testing resize, pad to one size that
-    `size_divisible` divides. torchvision's own resizes without antialiasing, which training images have."""
+    `size_divisible` divides. torchvision's own transform would resize test images without antialiasing, but
+    training images are resized with it."""
 
     def resize(self, image, target=None):
         if self.training:
@@ -358,7 +360,8 @@ class DetectorTransform(detection.transform.GeneralizedRCNNTransform):
 
 
 def decode_fp32(decode, codes, boxes):
-    """Under AMP the heads' codes are bf16, and boxes would take their dtype: too coarse for coordinates."""
+    """Under AMP the heads' box regressions (torchvision's "codes") are bf16, and boxes would take their
+    dtype: too coarse for coordinates."""
     return decode(codes.float(), boxes)
 
 
@@ -373,7 +376,8 @@ class Detector(detection.MaskRCNN):
     """
 
     def __init__(self, encoder, args, info, classes):
-        p, width = encoder.patch_size, args.head_width
+        p = encoder.patch_size
+        channels = args.head_width
         if p not in (4, 8, 16, 32):
             raise UserError(
                 f"--task detect: its maps have strides of p / 4, p / 2, p and 2 p; torchvision wants powers "
@@ -385,20 +389,25 @@ class Detector(detection.MaskRCNN):
 
         # Build it. Anchors are 8 times the stride of their map: 32 to 512 pixels with patches of 16.
         super().__init__(
-            Pyramid(encoder, args.neck, width),
+            Pyramid(encoder, args.neck, channels),
             rpn_anchor_generator=detection.anchor_utils.AnchorGenerator(
                 [p * 2**i for i in range(1, 6)], (0.5, 1.0, 2.0)
             ),
-            rpn_head=detection.rpn.RPNHead(width, 3, conv_depth=1 if is_fpn else 2),  # CAE's code; ViTDet
+            # One convolution in CAE's code, two in ViTDet.
+            rpn_head=detection.rpn.RPNHead(channels, 3, conv_depth=1 if is_fpn else 2),
             rpn_pre_nms_top_n_train=2 * args.proposals,  # as detectron2 has it: 2000, of which 1000 are kept
             rpn_post_nms_top_n_train=args.proposals,
             rpn_pre_nms_top_n_test=args.proposals,
             rpn_post_nms_top_n_test=args.proposals,
             box_batch_size_per_image=args.rois,
-            box_head=detection.faster_rcnn.FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm),
-            box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
-            mask_head=detection.mask_rcnn.MaskRCNNHeads(width, [width] * 4, 1, None if is_fpn else norm),
-            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(width, width, classes + 1),
+            box_head=detection.faster_rcnn.FastRCNNConvFCHead(
+                (channels, 7, 7), [channels] * 4, [4 * channels], norm
+            ),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(4 * channels, classes + 1),
+            mask_head=detection.mask_rcnn.MaskRCNNHeads(
+                channels, [channels] * 4, 1, None if is_fpn else norm
+            ),
+            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(channels, channels, classes + 1),
         )
         self.transform = DetectorTransform(
             min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p
@@ -412,7 +421,7 @@ class Detector(detection.MaskRCNN):
             pool(maps, [torch.zeros(0, 4)], [(8 * p, 8 * p)])
         for coder in (self.rpn.box_coder, self.roi_heads.box_coder):
             coder.decode = partial(decode_fp32, coder.decode)
-        self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
+        self.to(memory_format=torch.channels_last)  # the layout of LayerNorm2d's output
 
     @property
     def encoder(self):
@@ -423,10 +432,10 @@ class Detector(detection.MaskRCNN):
         # path) stays as train() or eval() left it, so that a loss can be computed in eval mode too.
         for part in (self, self.transform, self.rpn, self.roi_heads):
             part.training = targets is not None
-        found = super().forward(images, targets)
+        output = super().forward(images, targets)
         if targets is None:
-            return found
-        return sum(found.values()), {name: loss.detach() for name, loss in found.items()}
+            return output
+        return sum(output.values()), {name: loss.detach() for name, loss in output.items()}
 
 
 def coco_results(found, image_id, category_ids):
@@ -470,7 +479,7 @@ def detection_metrics(truth, rows):
 # Schedules
 # ------------------------------------------------------------------------------------------------------------
 def warm_up(epoch, warmup_epochs):
-    """A ramp from 0 to 1, by which both schedules are multiplied."""
+    """A factor of both schedules that rises from 0 to 1 during the warm-up."""
     return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
 
 
@@ -484,7 +493,7 @@ def linear_lr(epoch, lr, warmup_epochs, epochs, min_lr):
 LR_DROPS = {"fpn": (9 / 12, 11 / 12), "simple": (8 / 9, 26 / 27)}
 
 
-def step_lr(epoch, lr, warmup_epochs, epochs, min_lr, drops=LR_DROPS["fpn"]):
+def step_lr(epoch, lr, warmup_epochs, epochs, min_lr, drops):
     """The schedule of detection: lr, a tenth of it from the first drop on, a hundredth from the second on;
     never below min_lr."""
     passed = sum(epoch >= epochs * drop for drop in drops)
@@ -516,19 +525,20 @@ class Task:
     device: torch.device
     test_set: object
 
-    def each_image(self, consequence, ids=None):
-        """(i, image, truth) of the test images with these ids; without ids of the consecutive ones that are
-        this process's share, with the model ready for testing. Each is looked at by itself, so no result
-        depends on the number of processes. A broken one is named, with the consequence, and left out."""
-        if ids is None:
-            start_testing(self.model)
-            shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
-            ids = shares[dist.get_rank()].tolist()
-        samples, device = DenseEvalDataset(self.test_set, None), torch.device("cpu")
-        batches = read_batches(samples, [[i] for i in ids], self.args, device, consequence)
+    def images_at(self, ids, consequence):
+        """(i, image, truth) of the test images with these indices. A broken one is named, with the
+        consequence, and left out."""
+        samples = DenseEvalDataset(self.test_set, None)
+        batches = read_batches(samples, [[i] for i in ids], self.args, torch.device("cpu"), consequence)
         for i, (images, truths) in zip(ids, batches):
             if images is not None:
                 yield i, images[0], truths[0]
+
+    def my_images(self, consequence):
+        """`images_at` for this process's share of the test images, which are consecutive. Each image is
+        looked at by itself, so no result depends on the number of processes."""
+        shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
+        return self.images_at(shares[dist.get_rank()].tolist(), consequence)
 
     def test(self, run, epoch_ends):
         """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
@@ -554,8 +564,9 @@ class Task:
     def draw_examples(self, folder, name, legend=()):
         """pictures/NAME: image, truth if it is known, and prediction of up to eight test images. legend: see
         `picture_sheet`."""
-        count, rows = len(self.test_set), []
-        for _, image, truth in self.each_image("it is not drawn", range(0, count, math.ceil(count / 8))):
+        rows = []
+        count = len(self.test_set)
+        for _, image, truth in self.images_at(range(0, count, math.ceil(count / 8)), "it is not drawn"):
             row = {"image": squared(image)}
             if not self.args.predict:
                 row["truth"] = self.paint(image, truth)
@@ -577,8 +588,8 @@ class Segmentation(Task):
         return normalize(images, self.info["mean"], self.info["std"]), masks
 
     def predict(self, image):
-        """uint8 (3, height, width) -> classes (height, width), from the image with its short side resized to
-        the crop's, through windows of the crop's size or at once."""
+        """uint8 (3, height, width) -> classes (height, width). The image is resized to the short side of
+        --image-size, and scored in windows or at once (--window)."""
         small = v2.functional.resize(image.to(self.device), [min(self.args.image_size)])
         small, _ = self.prepare(small[None])
         window = small.shape[-2:] if self.args.window == "whole" else self.args.image_size
@@ -589,37 +600,44 @@ class Segmentation(Task):
     def results(self, folder):
         """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
         # Count how often class i was taken for class j, over all test pixels.
+        start_testing(self.model)
         classes = self.test_set.classes
-        matrix = torch.zeros(len(classes), len(classes), dtype=torch.long, device=self.device)
-        for _, image, truth in self.each_image("it does not count"):
+        count = len(classes)
+        matrix = torch.zeros(count, count, dtype=torch.long, device=self.device)
+        for _, image, truth in self.my_images("it does not count"):
             truth = truth.to(self.device).long()
-            counts = truth != IGNORE
-            matrix += confusion_matrix(self.predict(image)[counts], truth[counts], len(classes))
+            known = truth != IGNORE
+            matrix += confusion_matrix(self.predict(image)[known], truth[known], count)
         dist.all_reduce(matrix)
 
         # Write, and summarise.
         if folder:
             write_confusion(folder, matrix, classes)
-            legend = list(zip(classes, PALETTE.tolist()))[:20]  # of ADE20K's 150, the first
+            legend = list(zip(classes, PALETTE.tolist()))[:20]  # ADE20K has 150 classes
             self.draw_examples(folder, "segmentation.png", legend)
         return segmentation_metrics(matrix.cpu())
 
     def paint(self, image, classes):
-        """Classes (height, width) as a picture; what is ignored is black."""
+        """Classes (height, width) as a picture, without the image; what is ignored is black."""
         return squared(PALETTE[classes.long().cpu()].permute(2, 0, 1))
 
-    def predict_files(self, root, folder):
-        """--predict: masks with the files' names, numbered as the training masks are."""
-        files = ["-".join(Path(path).relative_to(root).parts) for path in self.test_set.paths]
-        stems = Counter(Path(file).stem for file in files)
-        for i, image, _ in self.each_image("it gets no mask"):
-            labels = self.predict(image) + (self.args.first_label != "0")
-            mask = Image.fromarray(labels.byte().cpu().numpy())
+    def predict_files(self, paths, folder):
+        """--predict: a mask for each image, which counts as the training masks do. Its name is the image's
+        path in the given folder: in/b.jpg has in-b.png."""
+        files = ["-".join(path.parts) for path in paths]
+        same_file = Counter(files)
+        same_stem = Counter(Path(file).stem for file in files)
+        first = int(self.args.first_label != "0")  # the number of the first class
+        for i, image, _ in self.my_images("it gets no mask"):
+            mask = Image.fromarray((first + self.predict(image)).byte().cpu().numpy())
 
-            # Keep the ending in the name where files differ in it alone, and shorten what no disk takes.
-            stem = Path(files[i]).stem
-            name = stem if stems[stem] == 1 else files[i]
-            path = Path(self.args.out, f"{name[-250:]}.png")
+            # Keep the ending where images differ in it alone, and number those of the same name.
+            name = Path(files[i]).stem
+            if same_stem[name] > 1:
+                name = files[i]
+            if same_file[files[i]] > 1:
+                name = f"{i}-{name}"
+            path = Path(self.args.out, f"{name[-250:]}.png")  # no disk takes longer names
             with writing(path):
                 mask.save(path)
 
@@ -629,9 +647,9 @@ class Detection(Task):
 
     metric = "box_ap"  # chooses best.pt
 
-    @property
-    def schedule(self):
-        return partial(step_lr, drops=LR_DROPS[self.args.neck])
+    def schedule(self, *numbers):
+        """See `step_lr`."""
+        return step_lr(*numbers, LR_DROPS[self.args.neck])
 
     def prepare(self, images, targets):
         """A batch -> what the model is called with. The Detector normalises."""
@@ -645,21 +663,24 @@ class Detection(Task):
 
     def find(self):
         """What is found in all test images, in their order, as rows of COCO's format of results."""
-        mine, ids = [], self.test_set.image_ids
-        for i, image, _ in self.each_image("nothing is found in it"):
-            mine += coco_results(self.predict(image), ids[i], self.test_set.category_ids)
+        mine = []
+        test_set = self.test_set
+        for i, image, _ in self.my_images("nothing is found in it"):
+            mine += coco_results(self.predict(image), test_set.image_ids[i], test_set.category_ids)
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
         return sum(parts, [])
 
     def results(self, folder):
         """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
+        start_testing(self.model)
         rows = self.find()
         if folder:
             self.write(folder, rows)
         return detection_metrics(self.test_set.truth, rows)
 
     def write(self, folder, rows):
+        """predictions.json and pictures/detection.png, after a test and after --predict."""
         folder.write_text("predictions.json", json.dumps(rows))
         self.draw_examples(folder, "detection.png")
 
@@ -672,19 +693,20 @@ class Detection(Task):
         image, target = squared(image, target)
         labels = target["labels"] - 1
         if len(labels):
-            colours = list(map(tuple, PALETTE[labels].tolist()))
+            colours = list(map(tuple, PALETTE[labels % IGNORE].tolist()))  # any number of classes
             names = [self.test_set.classes[k] for k in labels]
             image = draw_segmentation_masks(image, target["masks"].bool(), alpha=0.5, colors=colours)
             image = draw_bounding_boxes(image, target["boxes"], names, colors=colours, fill_labels=True)
         return image
 
-    def predict_files(self, root, folder):
-        """--predict: predictions.json, COCO's format of results. An image whose name is a number, as COCO's
-        are, goes by that number, any other by its path in the folder. categories.json names the classes."""
-        paths = [Path(path).relative_to(root) for path in self.test_set.paths]
-        self.test_set.image_ids = [
-            int(path.stem) if str(path.with_suffix("")).isdecimal() else str(path) for path in paths
-        ]
+    def predict_files(self, paths, folder):
+        """--predict: predictions.json, COCO's format of results, and categories.json, the names of the
+        classes. An image whose name is a number, as COCO's are, goes by that number, any other by its path in
+        the given folder. If two have the same number, all go by their paths."""
+        ids = [int(path.stem) if str(path.with_suffix("")).isdecimal() else str(path) for path in paths]
+        if len(set(ids)) < len(paths):
+            ids = list(map(str, paths))
+        self.test_set.image_ids = ids
         rows = self.find()
         if folder:
             self.write(folder, rows)
@@ -699,8 +721,8 @@ TASKS = {"segment": Segmentation, "detect": Detection}
 # One run
 # ------------------------------------------------------------------------------------------------------------
 def build_model(encoder, saved, args):
-    """The model of a task, to train it or to load it. saved: what best.pt holds, of which this needs the
-    names of the classes and the encoder's info."""
+    """The model of a task, to train it or to load it. saved: {"classes": names, "info": of the encoder}, or
+    best.pt, which has both."""
     if args.task == "segment":
         return Segmenter(encoder, args, len(saved["classes"]))
     return Detector(encoder, args, saved["info"], len(saved["classes"]))
@@ -711,7 +733,7 @@ def program(args, argv, device):
     if args.evaluate:
         return evaluate(args, device)
 
-    # Open the encoder and the data. Every process starts from the same random encoder, if it is one.
+    # Open the encoder and the data. The seed makes a random encoder the same in all processes.
     torch.manual_seed(args.seed)
     encoder, info, _ = open_encoder(args)
     args = replace_args(
@@ -724,14 +746,12 @@ def program(args, argv, device):
     if train_set.classes != test_set.classes:
         raise UserError(f"--data {args.data}: its training and test files have different categories")
 
-    # Choose the share of --label-fraction, but as many images as one batch needs: the same ones for a seed.
+    # Train on --label-fraction of the images, but on one batch of all processes at least. The seed chooses.
     if args.label_fraction:
         batch = args.batch_size * args.accumulate * dist.get_world_size()
         count = max(batch, round(args.label_fraction * len(train_set)))
         ids = np.random.default_rng(args.seed).permutation(len(train_set))[:count].tolist()
-        names = [train_set.name(i) for i in ids]
-        train_set = torch.utils.data.Subset(train_set, ids)
-        train_set.classes, train_set.name = test_set.classes, names.__getitem__  # as the whole set has them
+        train_set = ChosenSamples(train_set, ids)
 
     # Build the model; every process starts from the same head.
     torch.manual_seed(args.seed)
@@ -743,7 +763,8 @@ def program(args, argv, device):
     transform = SceneTransform if args.task == "segment" else ObjectTransform
     samples = TrainDataset(train_set, transform(args, info["mean"]), args.seed)
 
-    # Make the run, or go on with it.
+    # Make the run, or go on with it. Without --lr and --blr the rate is ours, for a laptop.
+    laptop_lr = 1e-2 if args.task == "segment" and args.head == "linear" else 1e-3
     groups = layer_decay_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     run = create_run(
@@ -753,7 +774,7 @@ def program(args, argv, device):
         optimizer,
         example_of(samples, task.prepare, device),
         facts_of(train_set),
-        1e-2 if getattr(args, "head", "") == "linear" else 1e-3,  # ours, for a laptop
+        laptop_lr,
         min_lr=0.0,
         schedule=task.schedule,
         prepare=task.prepare,
@@ -769,47 +790,53 @@ def program(args, argv, device):
 def evaluate(args, device):
     """--evaluate: the numbers of a finished run on its own test set or on --data's, or with --predict what it
     finds in the images of a folder -> exit code."""
-    # Load the run; its task and sizes are its own.
-    model, saved = load_finished(args.evaluate[0], args, device, build_model)
+    # Load the run. Flags that have no value now have the run's; those of the model can only be repeated.
+    run = args.evaluate[0]
+    model, saved = load_finished(run, args, device, build_model)
     own = saved["args"]
-    given = {flag: getattr(args, flag, None) for flag in ("data", "window", "first_label")}
-    args = replace_args(
-        args,
-        image_size=own["image_size"],
-        out=args.out or "runs/evaluate",
-        task=own["task"],
-        **{flag: own.get(flag) if value is None else value for flag, value in given.items()},
-    )
+    given = {flag: value for flag, value in vars(args).items() if value is not None}
+    for flag in MODEL_FLAGS:
+        value = given.get(flag, own.get(flag))
+        if value != own.get(flag):
+            flag = flag.replace("_", "-")
+            raise UserError(f"--{flag} {value}: {run} has {own.get(flag)}; leave the flag out")
+    given |= {"image_size": own["image_size"], "out": args.out or "runs/evaluate"}
+    args = argparse.Namespace(**{**own, **given})
+    root = Path(args.predict or "")
+    root = root.parent if root.is_file() else root
+    if args.predict and root.resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out}: holds the images of --predict, which masks would replace")
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
 
     # Open the images.
-    root = args.predict
     if args.predict:
-        single = Path(root).is_file()
-        test_set = ImageFiles([root]) if single else open_folder(root)
-        root = Path(root).parent if single else root
+        single = Path(args.predict).is_file()
+        test_set = ImageFiles([args.predict]) if single else open_folder(root)
         test_set.classes, test_set.category_ids = saved["classes"], saved["category_ids"]
     else:
         test_set = open_set(args, "val")
     if test_set.classes != saved["classes"]:
-        raise UserError(f"--data {args.data}: has other classes than {args.evaluate[0]} was trained on")
+        raise UserError(f"--data {args.data}: has other classes than {run} was trained on")
     task = TASKS[args.task](args, model, saved["info"], device, test_set)
 
     # Predict, or test.
     if args.predict:
-        task.predict_files(root, folder)
+        task.predict_files([Path(path).relative_to(root) for path in test_set.paths], folder)
         print_rank0(f"{args.out}: what is found in {len(test_set)} images of {args.predict}")
         return 0
     results = task.results(folder)
     if folder:
-        write_numbers(folder, f"{args.evaluate[0]} on {args.data}", results)
+        write_numbers(folder, f"{run} on {args.data}", results)
     return 0
 
 
 # ============================================================================================================
 # A first reading may stop here. What follows: flags, pictures, sets and transforms of both tasks.
 # ============================================================================================================
+# Flags of the model of a run: with --evaluate they can only be repeated.
+MODEL_FLAGS = ("task", "head", "head_width", "neck", "proposals", "rois")
+
 # Epochs and batches are ours, for a laptop; the other numbers are CAE's for ViT-B (Appendix A and its code).
 DEFAULTS = {
     "segment": dict(
@@ -832,7 +859,6 @@ DEFAULTS = {
 
 def parse_args(argv=None):
     """Flags -> args. Two phases, --task first, because each task has flags and defaults of its own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     task, parser = first_phase("dense.py", "task", TASKS, "segment", "what the encoder is to do", argv)
 
     # Collect its flags.
@@ -925,6 +951,10 @@ def parse_args(argv=None):
 
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
+    if args.evaluate:
+        # Parse again without these defaults, to see which of the flags were given.
+        parser.set_defaults(**dict.fromkeys(MODEL_FLAGS))
+        args = parser.parse_args(argv)
     check_encoder_args(parser, args)
     resolve_warmup(args, most=args.epochs / 10)
     if args.evaluate:
@@ -950,7 +980,7 @@ PALETTE[IGNORE] = 0
 
 
 def squared(image, *target):
-    """A picture, and the objects in it if they are given, padded to a square of 256 pixels."""
+    """A picture, and the objects in it if they are given, padded to a square and resized to 256 x 256."""
     pad = v2.CenterCrop(max(image.shape[-2:]))  # it pads what is smaller
     return v2.Resize([256, 256])(pad(image, *target))
 
@@ -966,22 +996,35 @@ def open_set(args, split):
     return (open_scenes if args.task == "segment" else open_objects)(args, split)
 
 
-def read_some(dataset):
-    """Read up to 50 evenly spaced samples and yield their indices, so that what a user can mend (a UserError:
-    a mask of another size, a label too large) fails before training and not hours into it. Files that cannot
-    be read are left to training and testing, which name them."""
+class ChosenSamples(torch.utils.data.Subset):
+    """The samples of a set with these indices; their names and the classes are those of the whole set."""
+
+    @property
+    def classes(self):
+        return self.dataset.classes
+
+    def name(self, i):
+        return self.dataset.name(self.indices[i])
+
+
+def check_some(dataset):
+    """Read up to 50 evenly spaced samples -> the indices of those that can be read. What a user can mend (a
+    UserError: a mask of another size, a label too large) fails here, before training and not hours into it.
+    Files that cannot be read are left to training and testing, which name them."""
+    readable = []
     for i in range(0, len(dataset), math.ceil(len(dataset) / 50)):
         try:
             dataset[i]
-            yield i
+            readable.append(i)
         except UserError:
             raise
         except Exception:
             pass
+    return readable
 
 
 def random_crop(size, mean, outside):
-    """A crop at random; what it lacks is filled, with the mean colour and in masks with `outside`."""
+    """A random crop. An image that is smaller is first padded with the mean colour, a mask with `outside`."""
     # v2 takes the first plain tensor for the image, and leaves labels as they are.
     fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: outside}
     return v2.RandomCrop(size, pad_if_needed=True, fill=fill)
@@ -1010,9 +1053,12 @@ class Scenes(ImageFiles):
         super().__init__(paths, masks, classes)
         self.first = int(first_label != "0")
 
-        # Judge the masks. A few test images may well lack a class, so these do not tell how masks count.
-        seen = [np.unique(Image.open(masks[i])) for i in read_some(self)]
-        judge_masks(masks[0].parent, seen, classes, first_label or split == "validation")
+        # Judge the masks. A few test images may well lack a class, so these do not tell how masks count: they
+        # are taken to count from 1 if nothing else is said.
+        if split == "validation":
+            first_label = first_label or "1"
+        seen = [np.unique(Image.open(masks[i])) for i in check_some(self)]
+        judge_masks(masks[0].parent, seen, classes, first_label)
 
     def __getitem__(self, i):
         image, file = super().__getitem__(i)
@@ -1027,10 +1073,10 @@ class Scenes(ImageFiles):
         if not known.all():
             raise UserError(
                 f"{file}: has the label {mask[~known][0]} ({mask.dtype}); labels are "
-                f"{'0 or ' * self.first}255 (ignored) and {self.first} to {end - 1}, whole numbers, a line "
-                f"each in classes.txt"
+                f"{'0 or ' * self.first}255 (ignored) and {self.first} to {end - 1}, whole numbers, one per "
+                f"line of classes.txt"
             )
-        labels = mask.astype(np.uint8) - self.first  # 0 - 1 is 255
+        labels = mask.astype(np.uint8) - self.first  # in uint8 0 - 1 is 255, which is IGNORE
         return image, tv_tensors.Mask(np.where(mask == IGNORE, IGNORE, labels))
 
 
@@ -1044,14 +1090,15 @@ def judge_masks(where, seen, classes, first_label):
     """
     if not seen:
         raise UserError(f"{where}: none of the masks that were tried can be read")
-    labels, k = set().union(*seen), len(classes)
+    labels = set().union(*seen)
+    k = len(classes)
     said = f"{where}: the {len(seen)} masks that could be read hold the labels {sorted(map(int, labels))}"
     if labels <= {0, IGNORE} and (labels != {0} or first_label != "0"):
         raise UserError(
             f"{said}, so there is nothing to learn (255 is always ignored, 0 unless --first-label 0); write "
             f"into each pixel the number of its class, which is its line in classes.txt"
         )
-    zeros = sum(0 in one for one in seen)
+    zeros = sum(0 in labels_of_mask for labels_of_mask in seen)
     if not first_label and k not in labels and len(labels) > 0.8 * k and zeros > len(seen) / 2:
         raise UserError(
             f"{said} and never {k}, with {k} classes. If they count from 0, give --first-label 0: j is line "
@@ -1073,7 +1120,7 @@ class DrawnScenes(Shapes):
 
 
 def scene_classes(folder):
-    """Names of the classes 1, 2, ..: a line each of classes.txt, or the last column of ADE20K's own
+    """Names of the classes 1, 2, ..: the lines of classes.txt, or the last column of ADE20K's own
     objectInfo150.txt, which has a head line."""
     for path, first in ((folder / "classes.txt", 0), (folder / "objectInfo150.txt", 1)):
         if path.is_file():
@@ -1083,11 +1130,11 @@ def scene_classes(folder):
                 return classes
             raise UserError(
                 f"{path}: names {len(classes)} classes, {classes.count('')} of them by an empty line; there "
-                f"must be 2 to {IGNORE - 1}, a line each"
+                f"must be 2 to {IGNORE - 1}, one per line"
             )
     raise UserError(
-        f"--data {folder}: neither shapes nor a folder in ADE20K's layout: no classes.txt in it (a line for "
-        f"each class; ADE20K has objectInfo150.txt)"
+        f"--data {folder}: neither shapes nor a folder in ADE20K's layout: no classes.txt in it (one class "
+        f"per line; ADE20K has objectInfo150.txt)"
     )
 
 
@@ -1105,9 +1152,9 @@ class SceneTransform:
     times the crop's (--scale), a random crop of which no class fills more than .75 (of ten tries), flip,
     photometric distortion.
 
-    Theirs adds up to 32 of 255 to the brightness (here a factor, .875 to 1.125), distorts before it fills
-    what a crop lacks (with the mean colour; it is ignored), and draws contrast's place in the order by a coin
-    (here the order is fixed).
+    What differs: there up to 32 of 255 are added to the brightness (here it has a factor of .875 to 1.125),
+    colours are distorted before a small image is padded (with the mean colour; the padding is ignored), and
+    the place of contrast in the order is random.
     """
 
     def __init__(self, args, mean):
@@ -1141,17 +1188,17 @@ class SceneTransform:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Objects: a box, a class and a mask each. Of a set, image_ids[i] and category_ids[k - 1] are COCO's ids of
-# image i and of label k; `truth` is what COCO's evaluation compares with.
+# Objects, each with a box, a class and a mask. Of a set, image_ids[i] and category_ids[k - 1] are COCO's ids
+# of image i and of label k; `truth` is what COCO's evaluation compares with.
 # ------------------------------------------------------------------------------------------------------------
 def coco_truth(content):
     """The content of a file in COCO's format -> the same, indexed by pycocotools for its evaluation."""
     truth = coco.COCO()
-    truth.dataset = {"info": {}, **content}  # some versions of pycocotools want it
+    truth.dataset = {"info": {}, **content}  # some versions of pycocotools want "info"
 
-    # Number the annotations anew, and fill in what may be missing.
+    # Number the annotations anew, because COCO's evaluation takes an id of 0 for none and counts one of two
+    # with equal ids. Fill in what may be missing.
     for number, note in enumerate(content["annotations"], start=1):
-        # COCO's evaluation takes an id of 0 for none, and one of two equal ids.
         note |= {"id": number, "iscrowd": note.get("iscrowd") or 0}
     with redirect_stdout(None):  # pycocotools prints
         truth.createIndex()
@@ -1182,8 +1229,8 @@ def mistake_of(note, images, categories):
     width, height = images[image]["width"], images[image]["height"]
     where = f"in an image of {width} x {height} pixels"
 
-    # Check the box. Corners of what lies in the lower right half of an image, taken for x, y, width, height,
-    # end far outside it.
+    # Check the box. If somebody gives the corners of a box in the lower right half of the image, and they are
+    # taken for x, y, width and height, it ends far outside the image.
     if (
         len(box or ()) != 4
         or not np.isfinite(box).all()
@@ -1200,7 +1247,7 @@ def mistake_of(note, images, categories):
 
     # Check the mask. pycocotools crashes on points that are far away, or nowhere (NaN), and can wait for ever
     # if run lengths do not add up to the image.
-    mask = note.get("segmentation") or [()]
+    mask = note.get("segmentation") or [()]  # no mask is an empty polygon, which has too few points
     if isinstance(mask, dict):
         counts = mask["counts"]
         whole = mask["size"] == [height, width] and (type(counts) is str or sum(counts) == height * width)
@@ -1247,7 +1294,8 @@ class CocoObjects(ImageFiles):
         self.truth = coco_truth(content)
 
         # Collect the objects of each image to train on.
-        objects, flat = {i: [] for i in sorted(images)}, []
+        objects = {i: [] for i in sorted(images)}
+        flat = []
         for note in content["annotations"]:
             if min(note["bbox"][2:]) <= 0:
                 flat.append(note["bbox"])
@@ -1261,7 +1309,7 @@ class CocoObjects(ImageFiles):
         if not any(objects.values()):
             raise UserError(f"{path}: none of its images has an object")
         if not training and max(map(len, objects.values())) > 100:
-            print_rank0(f"warning: {path}: COCO's AP counts 100 detections an image; some have more objects")
+            print_rank0(f"warning: {path}: COCO's AP counts 100 detections per image; some have more objects")
 
         # Choose the images.
         self.image_ids = [i for i in objects if objects[i] or not training]
@@ -1271,12 +1319,13 @@ class CocoObjects(ImageFiles):
             [objects[i] for i in self.image_ids],
             [categories[k] for k in self.category_ids],
         )
-        list(read_some(self))
+        check_some(self)
 
     def __getitem__(self, i):
         image, notes = super().__getitem__(i)
-        record, found = self.truth.imgs[self.image_ids[i]], tuple(image.shape[-2:])
+        record = self.truth.imgs[self.image_ids[i]]
         size = (record["height"], record["width"])
+        found = tuple(image.shape[-2:])
         if found != size:
             raise UserError(
                 f"{self.paths[i]}: has (after its EXIF rotation) {found} pixels, its annotations are for "
@@ -1289,8 +1338,8 @@ class CocoObjects(ImageFiles):
 
 
 class DrawnObjects(Shapes):
-    """`shapes` as CocoObjects are, with one to four objects an image, anywhere, half as large as there in
-    proportion to the image."""
+    """Drawings with one to four objects per image, anywhere, half as large as those of `Shapes`. A sample is
+    one of CocoObjects."""
 
     category_ids = list(range(1, 1 + len(SHAPES)))
 
@@ -1302,7 +1351,8 @@ class DrawnObjects(Shapes):
         rng = np.random.default_rng(seed_of("objects", self.split, i))
         canvas = self.background(rng)
         half = np.array(self.image_size[::-1]) / min(self.image_size)  # of width and height
-        placed, objects = [], []
+        placed = []
+        objects = []
         for _ in range(int(rng.integers(1, 5))):
             # Find a place where the object covers no other; twenty tries.
             label = int(rng.integers(len(SHAPES)))
@@ -1318,7 +1368,7 @@ class DrawnObjects(Shapes):
 
     @cached_property
     def truth(self):
-        """The objects of the whole split, as pycocotools holds them: a perfect result."""
+        """The objects of the whole split as pycocotools holds them, made as a perfect result would be."""
         notes = []
         for i in self.image_ids:
             target = self[i][1]
@@ -1395,7 +1445,7 @@ class ObjectTransform:
             image, target = self.crop(image, target)
             left = target["masks"].bool().any(dim=(1, 2))
             masks = target["masks"][left]
-            boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # ends excluded
+            boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # a box ends behind its last pixel
             target = as_target(boxes, target["labels"][left], masks)
         return self.rest(image, target)
 

@@ -1,4 +1,4 @@
-"""What a pre-trained encoder is worth to a classifier: fine-tuning, linear and attentive probes, neighbours.
+"""Test a pre-trained encoder on classification: fine-tuning, linear and attentive probes, nearest neighbours.
 
 Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train -> **finetune** -> dense.
 
@@ -14,30 +14,42 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     # how much of the attention falls on the objects of a set with boxes (MixedAE Sec. 3.4)
     python finetune.py --objects boxes.csv --data path/to/set --encoder a/encoder.pt b/encoder.pt
 
-A protocol decides what is trained on top of the encoder:
+A probe of the baseline, a random encoder, reads the mean of the patches, as one of MixedAE's does. For MAE's
+and CAE's encoders it reads CLS: to compare one of these with the baseline, give both runs the same --feature.
 
-    finetune    images -- encoder, all of it trained --> mean of the patch tokens (B, D)
-                    -- new LayerNorm, linear --> logits (B, classes)
-    linear      images -- encoder, frozen --> CLS or mean of the patch tokens (B, D)
-                    -- BatchNorm without affine, linear --> logits
-    attentive   images -- encoder, frozen --> patch tokens (B, L, D)
-                    -- cross-attention of one learned query --> (B, D) -- BatchNorm, linear --> logits
+A protocol decides what is trained on top of the encoder (letters: see vit.py):
 
-Sources: MixedAE Sec. 4.2 (as MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and Appendix A
-for attentive probing, MR-MAE Sec. 4.1. They differ from what stands here (ours, because libraries do it):
+    finetune    images (B, 3, height, width)
+                -- encoder, trained: patch tokens -> (B, L, D)
+                -- mean, new LayerNorm ------------> (B, D)
+                -- linear -------------------------> logits (B, classes)
+
+    linear      images (B, 3, height, width)
+                -- encoder, frozen ----------------> (B, N, D)
+                -- CLS or mean of the patches -----> (B, D)
+                -- BatchNorm, linear --------------> logits (B, classes)
+
+    attentive   images (B, 3, height, width)
+                -- encoder, frozen: patch tokens --> (B, L, D)
+                -- attention of a learned query ---> (B, D)
+                -- BatchNorm, linear --------------> logits (B, classes)
+
+To read one run from its flags to results.json, begin with `Classifier` and go on with `transfer`, `run_set`
+and `run_task`.
+
+Sources: MixedAE Sec. 4.2 (which follows MAE), MAE's code for fine-tuning and linear probing, CAE Sec. 5.2 and
+Appendix A for attentive probing, MR-MAE Sec. 4.1. What is done differently here:
     - MixUp, CutMix and RandAugment are torchvision's. MixUp's partner is the neighbour in the batch (timm:
-      the batch reversed); RandAugment, with timm's scale of 10, applies both operations always, with one
-      magnitude, by bilinear interpolation (timm: each with probability .5, with magnitude noise .5,
-      "increasing" operations, bicubic).
-    - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention; it is not
-      here.
-    - The random crop of the probes tries ten times for a crop that fits (the authors' draws once and clamps).
-    - BatchNorm uses its running statistics at test time (CAE's code uses those of the test batch), and the
-      linear probe's averages over all batches (MAE's code forgets, with momentum .1): see `Classifier`.
-    - MixedAE does not say how Table 2 was trained; here it is fine-tuning as on ImageNet, VOC2007 with a
-      binary cross-entropy a class.
-    - best.pt is the epoch that is best on the test set, as MAE's code counts it: an optimistic number.
-      results.json has the last epoch's too.
+      the batch reversed). RandAugment always applies two operations at one magnitude, bilinearly. (timm
+      applies each of them with probability .5 and at a magnitude that varies by .5, takes them from its list
+      of "increasing" operations, and resamples bicubically.)
+    - CAE's code fine-tunes with a learned relative position bias. Its paper does not mention it.
+    - The random crop of the linear probe tries ten times for a crop that fits. (MAE's and CAE's code draw
+      once and clamp. CAE's attentive probe crops as ours does.)
+    - BatchNorm uses its running statistics at test time. (CAE's code uses those of the test batch. About
+      MAE's linear probe see `Classifier`.)
+    - How Table 2 was trained stands in MixedAE's Appendix B, which is not in the PDF. Here VOC2007 has a
+      binary cross-entropy for each class, and docs/recipes.md has the other numbers; both are ours.
 """
 
 import argparse
@@ -49,11 +61,13 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict, namedtuple
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
@@ -78,6 +92,7 @@ from data import (
     add_data_args,
     broken_name,
     center_crop,
+    check_data_args,
     collate,
     fixed_images,
     heat_map,
@@ -135,15 +150,16 @@ from vit import (
 # What is trained on top of an encoder
 # ------------------------------------------------------------------------------------------------------------
 def init_linear(layer, std=0.01):
-    """A last layer, linear or of 1 x 1 convolutions, as the authors' code initialises it."""
+    """Initialise a last layer as MAE's, CAE's and mmsegmentation's code do: small normal weights, bias 0.
+    Returns the layer."""
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class AttentiveHead(nn.Module):
-    """CAE Sec. 5.2: one cross-attention of a learned query over the frozen patches; no MLP, no skip;
-    BatchNorm without affine; linear.
+    """Attentive probing (CAE Sec. 5.2): one learned query attends to the frozen patches; a BatchNorm without
+    affine and a linear layer classify the result. There is no MLP and no skip connection.
 
     As in CAE's code the query starts at zero (so every patch counts the same at first), query, keys and
     values pass a LayerNorm each, and keys have no bias. CAE's code lets the class token in as a key; the
@@ -168,11 +184,12 @@ class AttentiveHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder and what its protocol trains: forward(inputs, targets) -> loss (), {} and logits(inputs) ->
-    (B, classes).
+    """An encoder and what its protocol trains on top of it.
 
-    inputs: normalised images (B, 3, height, width), or with cached features what `features` returned for
-    them. fc_norm: weights of the LayerNorm for mean features, from a fine-tuned file, or None.
+    forward(inputs, targets) -> loss (), {}: there are no further terms for the log.
+    logits(inputs) -> (B, classes). inputs: normalised images (B, 3, height, width), or with cached features
+    what `features` returned for them.
+    fc_norm: the state dict of a LayerNorm for mean features, from a fine-tuned file, or None.
     """
 
     def __init__(self, encoder, info, fc_norm, args, classes, multi_label):
@@ -182,8 +199,8 @@ class Classifier(nn.Module):
         self.frozen = args.protocol != "finetune"
         D = encoder.width
 
-        # Choose the feature: the flag's, else the one that the encoder's authors probe, and the mean to
-        # fine-tune.
+        # Choose the feature. The attentive protocol reads the patches. Else it is --feature; without the flag
+        # a probe reads what the encoder's authors probe, and fine-tuning the mean.
         feature = "patches"
         if args.protocol != "attentive":
             feature = args.feature or (info["feature"] if self.frozen else "mean")
@@ -191,22 +208,23 @@ class Classifier(nn.Module):
             raise UserError("--feature cls: this encoder has no class token; use mean")
         self.info = {**info, "feature": feature}
 
-        # Probe: freeze the encoder, train a head.
-        self.fc_norm = nn.Identity()
+        # Freeze the encoder for a probe.
         if self.frozen:
             encoder.requires_grad_(False)
+
+        # Build what the protocol trains on top of the encoder.
+        self.fc_norm = nn.Identity()
         if args.protocol == "attentive":
-            self.head = AttentiveHead(D, encoder.config["heads"], classes)  # CAE-B's 12 are its encoder's
+            self.head = AttentiveHead(D, encoder.config["heads"], classes)  # CAE-B: 12, as its encoder has
         elif args.protocol == "linear":
-            # eps: MAE's code. Its running mean forgets (momentum .1) and needs some fifty steps to forget its
-            # start at zero. Frozen features do not move, so here it is the average of all batches (None),
-            # right from the first.
+            # eps is that of MAE's code. There the running mean has momentum .1, and needs some fifty steps to
+            # forget that it started at zero. Frozen features do not change, so here it is the average of all
+            # batches (momentum None), which is right from the first batch on.
             batch_norm = nn.BatchNorm1d(D, affine=False, eps=1e-6, momentum=None)
             self.head = nn.Sequential(batch_norm, init_linear(nn.Linear(D, classes)))
-
-        # Fine-tune: train everything. MAE's code trains the position table too (after it was resized), CAE's
-        # keeps it fixed.
         else:
+            # MAE's code trains the position table too (after it was resized), CAE's keeps it fixed. (If a
+            # fine-tuned encoder of CAE is trained again, its method is "cae-finetune".)
             encoder.pos_embed.requires_grad_(info["method"].partition("-")[0] != "cae")
             set_drop_paths(encoder, args.drop_path)
             if feature == "mean":
@@ -224,14 +242,15 @@ class Classifier(nn.Module):
         return self
 
     def prepare(self, images, labels=None):
-        """A batch as it is loaded -> what the model is called with. Cached features are that already."""
+        """A loaded batch -> arguments of `forward`: images are normalised, cached features stay."""
         if images.ndim == 4:
             images = normalize(images, self.info["mean"], self.info["std"])
         return images, labels
 
     def features(self, images):
         """Normalised images (B, 3, height, width) -> (B, D), for the attentive protocol (B, L, D)."""
-        tokens = self.encoder.encode(self.encoder.embed(images))  # (B, 1 + L, D); no graph if it is frozen
+        # A frozen encoder builds no graph, because none of its parameters wants a gradient.
+        tokens = self.encoder.encode(self.encoder.embed(images))  # (B, N, D)
         if self.info["feature"] == "cls":
             return tokens[:, 0]
         patches = tokens[:, self.encoder.num_prefix_tokens :]
@@ -242,7 +261,7 @@ class Classifier(nn.Module):
         return self.head(self.fc_norm(features)).float()
 
     def forward(self, inputs, targets):
-        """targets: classes (B,), or their probabilities (B, classes)."""
+        """targets: classes (B,), or (B, classes): probabilities, or 0 and 1 if images have several labels."""
         logits = self.logits(inputs)
         loss = F.binary_cross_entropy_with_logits if self.multi_label else F.cross_entropy
         return loss(logits, targets), {}
@@ -252,7 +271,7 @@ class Classifier(nn.Module):
 # Optimizers
 # ------------------------------------------------------------------------------------------------------------
 def layer_decay_groups(model, layer_decay, weight_decay):
-    """Parameter groups of AdamW with layer-wise learning rates (MAE's code, after BEiT): the loop multiplies
+    """Parameter groups of AdamW with layer-wise learning rates (MAE's code, after BEiT). The loop multiplies
     the rate of a group by its "lr_scale" = layer_decay^(depth + 1 - layer).
 
     Layer 0: class token, positions, patch embedding; layer i: block i; layer depth + 1: all that follows. No
@@ -262,6 +281,7 @@ def layer_decay_groups(model, layer_decay, weight_decay):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
+        # "backbone.encoder.blocks.3.norm1.weight" -> ["blocks", "3", "norm1", "weight"]
         part = name.rpartition("encoder.")[2].split(".")
         layer = depth + 1
         if part[0] in ("cls_token", "pos_embed", "patch_embed"):
@@ -276,9 +296,9 @@ def layer_decay_groups(model, layer_decay, weight_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al.), as MAE's linear probe has it: a matrix's step, weight
-    decay included, is scaled by trust |w| / |step|; vectors take plain steps with neither. The learning rate
-    stands outside the momentum."""
+    """Layer-wise adaptive rate scaling (You et al.), as MAE's linear probe has it. The step of a matrix, its
+    gradient plus weight decay, is scaled to the length trust x |w|; vectors take their gradient as it is,
+    without decay. The momentum adds up steps before they are multiplied by the learning rate."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust))
@@ -292,59 +312,63 @@ class LARS(torch.optim.Optimizer):
                     step = step + group["weight_decay"] * p
                     w, g = p.norm(), step.norm()
                     step = step * torch.where((w > 0) & (g > 0), group["trust"] * w / g, 1.0)
-                buffer = self.state[p].setdefault("mu", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(step)
-                p.sub_(group["lr"] * buffer)
+                state = self.state[p]
+                if not state:
+                    state["mu"] = torch.zeros_like(p)
+                state["mu"].mul_(group["momentum"]).add_(step)
+                p.sub_(group["lr"] * state["mu"])
 
 
-# Of each protocol: our absolute learning rate for a laptop, and where the schedule ends.
+# Of each protocol: the learning rate where neither --lr nor --blr is given, and where the schedule ends.
 RATES = {
-    "finetune": (1e-3, 1e-6),  # AdamW; the end: MAE's code
-    "linear": (6.4, 0.0),  # LARS; both are MAE's code's, .1 x 16384 / 256
-    "attentive": (0.1, 1e-6),  # SGD; the end: CAE's code
+    "finetune": (1e-3, 1e-6),  # the rate is ours, for a laptop; the end is MAE's code's
+    "linear": (6.4, 0.0),  # both are MAE's code's, for B' = 16384; docs/results.md has runs with our 256
+    "attentive": (0.1, 1e-6),  # the rate is ours, for a laptop; the end is CAE's code's
 }
 
 
 def build_optimizer(model, args):
-    """AdamW with layer decay (MAE's code), LARS (MAE's code), or SGD with Nesterov momentum (CAE Appendix A,
-    its code)."""
-    if args.protocol == "finetune":
+    """The optimizer of the protocol."""
+    if args.protocol == "finetune":  # MAE's code, with layer decay
         groups = layer_decay_groups(model, args.layer_decay, args.weight_decay)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     params = [p for p in model.parameters() if p.requires_grad]
-    if args.protocol == "linear":
+    if args.protocol == "linear":  # MAE's code
         return LARS(params, weight_decay=args.weight_decay)
+    # CAE Appendix A; Nesterov's momentum is its code's.
     return torch.optim.SGD(params, lr=0.0, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Augmentation of fine-tuning
+# Augmentation
 # ------------------------------------------------------------------------------------------------------------
 def fine_tuning_transform(args, mean):
-    """Crop and flip as in pre-training (--augment), then RandAugment, on uint8 tensors."""
-    magnitude = getattr(args, "randaugment", 0)  # the probes have none
-    if not magnitude:
-        return train_transform(args)
-    augment = v2.RandAugment(  # of two operations, v2's default
-        magnitude=magnitude,
-        num_magnitude_bins=11,
-        interpolation=v2.InterpolationMode.BILINEAR,
-        fill=[int(255 * channel) for channel in mean],
-    )
-    return v2.Compose([train_transform(args), augment])
+    """What is done to each training image, a uint8 tensor: crop and flip as in pre-training (--augment), and
+    for fine-tuning RandAugment."""
+    steps = [train_transform(args)]
+    if getattr(args, "randaugment", 0):  # the probes have no such flag
+        augment = v2.RandAugment(  # two operations by default
+            magnitude=args.randaugment,
+            num_magnitude_bins=11,  # magnitudes 0 to 10, timm's scale
+            interpolation=v2.InterpolationMode.BILINEAR,
+            fill=[int(255 * channel) for channel in mean],
+        )
+        steps.append(augment)
+    return v2.Compose(steps)
 
 
 def erase(images, probability):
     """Random erasing: in each of the normalised images (B, C, height, width), with this probability, a random
     box is replaced by normal noise.
 
-    As in torchvision's RandomErasing the box covers .02 to .33 of the image, and its height is .3 to 3.3
-    times its width. torchvision takes one image at a time, which keeps a GPU waiting; here one `torch.where`
+    As in torchvision's RandomErasing the box is drawn with .02 to .33 of the image's area and a height of .3
+    to 3.3 times its width. (If it is longer than the image, torchvision draws again; here it is cut, and is
+    smaller then.) torchvision takes one image at a time, which keeps a GPU waiting; here one `torch.where`
     erases the whole batch.
     """
     B, _, height, width = images.shape
 
-    # Draw area and aspect, hence the sides; a side that is longer than the image's is cut.
+    # Draw area and aspect, which give the sides; cut a side that is longer than the image's.
     area = height * width * torch.empty(B).uniform_(0.02, 0.33)
     aspect = torch.empty(B).uniform_(math.log(0.3), math.log(3.3)).exp()
     h = (area * aspect).sqrt().round().clamp(max=height)
@@ -355,7 +379,7 @@ def erase(images, probability):
     left = (torch.rand(B) * (width - w + 1)).floor()
     chosen = torch.rand(B) < probability
 
-    # Mark the rows and columns of the boxes; a pixel is inside if both of its own are.
+    # Mark the rows and the columns of each box; a pixel is inside if its row and its column are marked.
     y, x = torch.arange(height), torch.arange(width)
     rows = (y >= top[:, None]) & (y < (top + h)[:, None]) & chosen[:, None]  # (B, height)
     columns = (x >= left[:, None]) & (x < (left + w)[:, None])  # (B, width)
@@ -364,15 +388,19 @@ def erase(images, probability):
 
 
 def augmented(images, labels, args, info, classes, multi_label):
-    """A batch on the device -> normalised images, and targets (B, classes): random erasing, MixUp or CutMix,
-    label smoothing."""
+    """uint8 images (B, 3, height, width) and labels, on the device -> normalised images and targets (B,
+    classes), after random erasing (each image by itself), MixUp or CutMix (the whole batch) and label
+    smoothing."""
     # Erase after normalising, because the noise is that of normalised pixels.
     x = erase(normalize(images, info["mean"], info["std"]), args.erasing)
 
     # Mix; with both kinds a coin decides for each batch.
     targets = labels if multi_label else F.one_hot(labels, classes).float()  # (B, classes)
-    kinds = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    mixers = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    mixers = []
+    if args.mixup:
+        mixers.append(v2.MixUp(alpha=args.mixup, num_classes=classes))
+    if args.cutmix:
+        mixers.append(v2.CutMix(alpha=args.cutmix, num_classes=classes))
     if mixers:
         x, targets = v2.RandomChoice(mixers)(x, targets)
 
@@ -386,26 +414,32 @@ def augmented(images, labels, args, info, classes, multi_label):
 # Testing
 # ------------------------------------------------------------------------------------------------------------
 class EvalDataset(TrainDataset):
-    """(epoch, i) -> (image, whether it is broken, broken names) for testing: every sample counts once, so a
-    broken image is shown black, and named.
+    """For testing: (epoch, i) -> (uint8 (3, height, width), whether it is broken, broken names). Every sample
+    counts, so a broken one is not replaced by another, but black.
 
-    The transform is MAE's: 256 pixels for 224, then the centre. An image that has the size already stays as
-    it is.
+    As in MAE's code an image is resized to 256 / 224 of the size, above 224 pixels to the size itself, and
+    cropped at its centre. One that has the size already stays as it is (ours, for sets such as CIFAR).
     """
+
+    channels = 3
 
     def __init__(self, dataset, image_size):
         self.image_size = image_size
         larger = [int(side * 256 / 224) if side <= 224 else side for side in image_size]
-        super().__init__(dataset, v2.Compose([ResizeToCover(larger), v2.CenterCrop(self.image_size)]))
+        super().__init__(dataset, v2.Compose([ResizeToCover(larger), v2.CenterCrop(image_size)]))
 
     def __getitem__(self, index):
         _, i = index
         try:
-            image, _ = self.dataset[i]
+            return self.read(i), False, []
         except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            black = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+            black = torch.zeros(self.channels, *self.image_size, dtype=torch.uint8)
             return black, True, [broken_name(self.dataset, i, error)]
-        return image if list(image.shape[-2:]) == self.image_size else self.transform(image), False, []
+
+    def read(self, i):
+        """Sample i, resized and cropped."""
+        image, _ = self.dataset[i]
+        return image if list(image.shape[-2:]) == self.image_size else self.transform(image)
 
 
 class CachedFeatures(torch.utils.data.TensorDataset):
@@ -416,8 +450,8 @@ class CachedFeatures(torch.utils.data.TensorDataset):
 
 
 def read_batches(dataset, chunks, args, device, consequence):
-    """The given chunks (lists of indices) as batches (images, labels) on the device. Broken samples are
-    named, with the consequence; more than 10 and more than 1 % of them stop the run."""
+    """Yield (images, labels), on the device, of each list of indices in `chunks`. Broken samples are named,
+    and `consequence` says what becomes of them; more than 10 and more than 1 % of the set stop the run."""
     broken, indices = BrokenImages(consequence), [[(0, i) for i in chunk] for chunk in chunks]
     stream = load_batches(dataset, indices, args.workers, device.type == "cuda")
     quiet = dist.get_rank() > 0
@@ -429,30 +463,39 @@ def read_batches(dataset, chunks, args, device, consequence):
                 f"{broken.names[0]}; repair or remove them",
                 code=1,
             )
-        yield (None, None) if images is None else to_device((images, labels), device)
+        if images is None:  # a broken sample of dense.py
+            yield None, None
+        else:
+            yield to_device((images, labels), device)
 
 
-def predict_dataset(function, dataset, args, device):
-    """function(images of a batch) -> (b, ...), over a whole set that is shared out over the processes -> (N,
-    ...) float32, in order, on every process. Every sample counts once, whatever the number of processes. With
-    --predict the row of a broken image is NaN."""
-    # Take every world-th chunk. A process without one looks at another's, to know the shape of a result.
+def predict_dataset(function, dataset, args, device, leave_out=False):
+    """Apply `function` (images (b, 3, height, width) -> (b, ...)) to every sample of a set. Returns (N, ...)
+    float32, in the order of the set, on every process.
+
+    The processes share the work, and each sample is looked at once, however many there are. A broken image
+    counts as a black one; with leave_out, --predict or --objects its row is NaN.
+    """
+    leave_out = leave_out or args.predict or args.objects
+    consequence = "it is left out" if leave_out else "it counts as a black image"
+
+    # Process r takes the chunks r, r + world, ... If there are fewer chunks than processes, the others look
+    # at one as well, to know the shape of a row, but do not write it.
     chunks, rank = torch.arange(len(dataset)).split(args.batch_size), dist.get_rank()
     mine = chunks[rank % len(chunks) :: dist.get_world_size()]
     out = None
-    consequence = "it is left out" if args.predict or args.objects else "it counts as a black image"
-    batches = read_batches(dataset, [chunk.tolist() for chunk in mine], args, device, consequence)
-    for chunk, (images, broken) in zip(mine, batches):
+    batches = read_batches(dataset, [ids.tolist() for ids in mine], args, device, consequence)
+    for ids, (images, broken) in zip(mine, batches):
         with inference(args, device):
-            values = function(images).float()
-        if args.predict:
-            values[broken] = math.nan
+            rows = function(images).float()
+        if leave_out:
+            rows[broken] = math.nan
         if out is None:
-            out = torch.zeros(len(dataset), *values.shape[1:], device=device)
+            out = torch.zeros(len(dataset), *rows.shape[1:], device=device)
         if rank < len(chunks):
-            out[chunk.to(device)] = values
+            out[ids.to(device)] = rows
 
-    # Each row is filled by one process, so the sum is exact.
+    # Each row is written by one process, so the sum is exact.
     dist.all_reduce(out)
     return out
 
@@ -462,22 +505,28 @@ def predict_logits(model, samples, args, device):
     return predict_dataset(lambda images: model.logits(model.prepare(images)[0]), samples, args, device)
 
 
-def cache_features(model, dataset, args, device):
+def cache_features(model, dataset, args, device, training=False):
     """Look at every image of a set once -> its features (N, D), for the attentive protocol (N, L, D), in
-    place of images."""
+    place of images. Broken images are left out of a training set."""
     samples = EvalDataset(dataset, args.image_size)
-    features = predict_dataset(lambda images: model.features(model.prepare(images)[0]), samples, args, device)
-    return CachedFeatures(features.cpu(), torch.tensor(dataset.labels))
+    features = predict_dataset(
+        lambda images: model.features(model.prepare(images)[0]), samples, args, device, leave_out=training
+    ).cpu()
+    labels = torch.tensor(dataset.labels)
+    read = ~features.flatten(1)[:, 0].isnan()  # (N,)
+    if training and not read.all():
+        features, labels = features[read], labels[read]
+    return CachedFeatures(features, labels)
 
 
 def confusion_matrix(predicted, labels, classes):
-    """How often class i was taken for class j: (classes, classes)."""
+    """predicted (N,), labels (N,) -> how often class i was taken for class j, (classes, classes)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def average_precision_11(scores, positive):
-    """VOC2007's: the mean over the recalls 0, .1, .., 1 of the best precision at that recall or a higher one.
-    scores (N,), positive (N,)."""
+    """Average precision as VOC2007 has it: the mean, over the recalls 0, .1, .., 1, of the best precision at
+    that recall or a higher one. scores (N,), positive (N,)."""
     hits = positive[scores.argsort(descending=True, stable=True)].double()
     recall = hits.cumsum(0) / hits.sum().clamp(min=1)  # where there is nothing to find, the result is 0
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
@@ -486,8 +535,8 @@ def average_precision_11(scores, positive):
 
 
 def compute_metrics(scores, labels, metric):
-    """scores (N, classes) and labels of the whole test set
-    -> {metric: per cent}. Never an average of batches."""
+    """Scores (N, classes) and labels of the whole test set -> {metric: per cent}; never an average of
+    batches."""
     scores = scores.cpu()
     if metric == "map11":
         precisions = [average_precision_11(s, y > 0) for s, y in zip(scores.T, labels.T)]
@@ -501,8 +550,8 @@ def compute_metrics(scores, labels, metric):
 
 
 def report(folder, scores, test_set, metric):
-    """The numbers of a test set, from its scores (N, classes). Rank 0, which has the folder, writes
-    confusion.csv if an image has one label."""
+    """Scores (N, classes) -> the numbers of a test set, see `compute_metrics`. Rank 0, which has the folder,
+    writes confusion.csv if an image has one label."""
     labels = torch.tensor(test_set.labels)
     if folder and metric != "map11":
         matrix = confusion_matrix(scores.argmax(dim=1).cpu(), labels, len(test_set.classes))
@@ -523,22 +572,23 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 
 
 def example_of(samples, prepare, device):
-    """What the model is called with, for DDP's first pass: the first and the last sample."""
+    """Arguments of the model for the step that `wrap_ddp` throws away: a batch of two samples, as many as
+    BatchNorm needs."""
     batch = collate([samples[0, i] for i in (0, len(samples) - 1)])
     return prepare(*to_device(BrokenImages().count(*batch), device))
 
 
 def start_testing(model):
-    """Eval mode, with the same buffers everywhere: since the last step each process has BatchNorm statistics
-    of its own."""
+    """Switch to eval mode, and give all processes the buffers of process 0: each has updated its statistics
+    of BatchNorm with batches of its own."""
     for buffer in model.buffers():
         dist.broadcast(buffer, 0)
     model.eval()
 
 
 def keep_best(run, value, content):
-    """Write content() to best.pt if the test result is the best so far (MAE's code)."""
-    if value >= run.state["best"]:
+    """Write content() to best.pt if the test result is the best so far, as MAE's code does."""
+    if value >= run.state["best"]:  # of equal results the last
         run.state["best"] = value
         saved = {**content(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
         if run.folder:
@@ -561,7 +611,7 @@ class Task:
     metric: str  # chooses best.pt
 
     def measure(self, folder):
-        """The numbers of the test set; see `report`."""
+        """The numbers of the test set, {metric: per cent}. folder: see `report`."""
         start_testing(self.model)
         scores = predict_logits(self.model, self.test_samples, self.args, self.device)
         self.model.train()
@@ -576,7 +626,7 @@ class Task:
         return numbers
 
     def results(self, folder):
-        """What results.json holds. Rank 0 writes the other files of a finished run."""
+        """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
         results = self.measure(folder)
         if folder and self.args.protocol == "finetune":
             folder.write("encoder.pt", lambda file: torch.save(self.export(), file))
@@ -585,7 +635,8 @@ class Task:
         if self.model.multi_label or not isinstance(self.train_samples, CachedFeatures):
             return results
 
-        # With cached features the nearest neighbours cost nothing more. Of patches they compare the means.
+        # Add the test by nearest neighbours, which costs nothing once features are cached. The attentive
+        # protocol has cached patches; of these compare the means.
         (seen, known), (unseen, labels) = self.train_samples.tensors, self.test_samples.tensors
         seen, unseen = (x.view(len(x), -1, x.shape[-1]).mean(dim=1).to(self.device) for x in (seen, unseen))
         votes = nearest_neighbours(seen, known, unseen, len(self.test_set.classes))
@@ -603,8 +654,8 @@ class Task:
         }
 
     def export(self):
-        """encoder.pt of a fine-tuned encoder, to probe or to mimic (MR-MAE). The LayerNorm of mean features
-        stands for its final norm."""
+        """encoder.pt of a fine-tuned encoder, for a probe or as a teacher of MR-MAE. A LayerNorm that was
+        trained on means becomes its last one, and is applied to each token from now on."""
         encoder, info = copy.deepcopy(self.model.encoder), self.model.info
         if info["feature"] == "mean":
             encoder.norm = self.model.fc_norm
@@ -613,7 +664,7 @@ class Task:
 
     @torch.no_grad()
     def show_attention(self, folder):
-        """pictures/attention.png: where the learned query looks (CAE Fig. 5), heads averaged, on eight test
+        """pictures/attention.png: where the learned query looks (CAE Fig. 5), mean over heads, on eight test
         images."""
         model, attention = self.model.eval(), self.model.head.attn
         images, _ = fixed_images(self.test_set, self.args.image_size, 8)
@@ -625,13 +676,13 @@ class Task:
 
 
 def write_confusion(folder, matrix, classes):
-    """confusion.csv, rows the true classes. matrix: see `confusion_matrix`."""
+    """confusion.csv: rows are the true classes. matrix: see `confusion_matrix`."""
     rows = [[name, *row] for name, row in zip(classes, matrix.tolist())]
     write_csv(folder, "confusion.csv", [["true \\ predicted", *classes], *rows])
 
 
 def write_numbers(folder, said, results):
-    """results.json, and a line that shows it."""
+    """results.json, and a line that shows it, headed by `said`."""
     folder.write_text("results.json", json.dumps(results, indent=1))
     shown = ", ".join(f"{key} {value:.2f}" for key, value in results.items())
     print_rank0(f"{said}: {shown}")
@@ -650,68 +701,74 @@ def replace_args(args, **values):
 
 def run_set(args, argv, opened, train_set, test_set, metric, device):
     """Train and test on one set -> as `run_task`. opened: what `open_encoder` returned."""
-    # Build the classifier. A run that goes on caches the features of its own encoder, whatever lies at
-    # --encoder now.
     torch.manual_seed(args.seed)
     model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
+
+    # A resumed probe must cache the features of the encoder that it began with, so load its checkpoint now.
     checkpoint = Path(args.out, "checkpoint.pt")
-    if checkpoint.exists():
+    if model.frozen and checkpoint.exists():
         given = copy.deepcopy(model.encoder.state_dict())
         with contextlib.suppress(RuntimeError, ValueError):  # `resume` will say why it does not fit
             load_strictly(model, load_checkpoint(checkpoint, args)["model"])
-        same = all(value.equal(given[name]) for name, value in model.encoder.state_dict().items())
-        if model.frozen and not same:
+        if any(not value.equal(given[name]) for name, value in model.encoder.state_dict().items()):
             print_rank0(
                 f"note: {args.encoder} has other weights than when {args.out} began; it goes on with its "
                 f"own, and another --out would take the new ones"
             )
 
-    # Choose what is trained on: features, images cropped and flipped, or images augmented in all ways.
-    prepare = model.prepare
+    # Choose what it is trained and tested on: features, or images.
     folder = None
     if model.frozen and args.cache_features:
         # Take the run's folder before the long work, not after it.
         folder = RunFolder(args.out) if dist.get_rank() == 0 else None
         model.eval()
-        train_samples = cache_features(model, train_set, args, device)
+        train_samples = cache_features(model, train_set, args, device, training=True)
         test_samples = cache_features(model, test_set, args, device)
         args.workers = 0  # there is nothing left to load
     else:
         transform = fine_tuning_transform(args, model.info["mean"])
         train_samples = TrainDataset(train_set, transform, args.seed)
         test_samples = EvalDataset(test_set, args.image_size)
+
+    # Choose how a loaded batch is prepared: fine-tuning augments it as a whole, too.
+    prepare = model.prepare
     if not model.frozen:
-        about_set = {"classes": len(test_set.classes), "multi_label": model.multi_label}
-        prepare = partial(augmented, args=args, info=model.info, **about_set)
-    task = Task(args, model, device, train_samples, test_samples, test_set, metric)
+        prepare = partial(
+            augmented,
+            args=args,
+            info=model.info,
+            classes=len(test_set.classes),
+            multi_label=model.multi_label,
+        )
 
     # Make the run, or go on with it.
-    optimizer = build_optimizer(model.train(), args)
     laptop_lr, min_lr = RATES[args.protocol]
     run = create_run(
         args,
         device,
         model,
-        optimizer,
-        example_of(train_samples, prepare, device),
-        facts_of(train_set),
-        laptop_lr,
+        optimizer=build_optimizer(model.train(), args),
+        example=example_of(train_samples, prepare, device),
+        dataset={**facts_of(train_set), "images": len(train_samples)},
+        laptop_lr=laptop_lr,
         min_lr=min_lr,
         schedule=lr_at,
         prepare=prepare,
-        export=dict,
+        export=dict,  # no encoder.pt before the end
         folder=folder,
     )
     header = (
-        f"{args.protocol} of {args.encoder} on {args.data}: {len(train_set)} training and {len(test_set)} "
-        f"test images, {len(train_set.classes)} classes, {metric}; features: {model.info['feature']}"
+        f"{args.protocol} of {args.encoder} on {args.data}: {len(train_samples)} training and "
+        f"{len(test_set)} test images, {len(train_set.classes)} classes, {metric}; features: "
+        f"{model.info['feature']}"
     )
+    task = Task(args, model, device, train_samples, test_samples, test_set, metric)
     return run_task(run, argv, header, train_samples, task)
 
 
 def run_task(run, argv, header, dataset, task):
-    """Train, then test once more -> (exit code, what results.json holds or, of a run that is not at its end,
-    None). task: has test(run, epoch_ends), results(folder) and metric, as `Task`."""
+    """Train, then test once more -> (exit code, what results.json holds, or None if the run stopped before
+    its end). task: has test(run, epoch_ends), results(folder) and metric, as `Task` has them."""
     code = run_loop(run, argv, header, dataset, task.test)
     if code or run.state["step"] < run.batches.steps:
         return code, None
@@ -724,12 +781,12 @@ def run_task(run, argv, header, dataset, task):
 
 
 def transfer(args, argv, device):
-    """Train and test on one set after the other; several make a row as in MixedAE Table 2 -> exit code."""
-    if args.batch_size < 2:
+    """Train and test on one set after the other; several make a row, as in MixedAE Table 2 -> exit code."""
+    if args.protocol != "finetune" and args.batch_size < 2:
         raise UserError("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
 
-    # Open the encoder and all sets, to find out what is missing before hours of work. Every process starts
-    # from the same random encoder, if it is one.
+    # Open the encoder and all sets, to find out what is missing before hours of work. The seed makes a random
+    # encoder the same on all processes.
     torch.manual_seed(args.seed)
     opened = open_encoder(args)
     encoder, info, _ = opened
@@ -754,16 +811,16 @@ def transfer(args, argv, device):
         print_rank0("| " + " | ".join([*args.data, "Avg."]) + " |")
         print_rank0("|---" * len(cells) + "|")
         print_rank0("| " + " | ".join(cells) + " |")
-    return code
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------
 # --evaluate, --predict
 # ------------------------------------------------------------------------------------------------------------
 def load_finished(path, args, device, build):
-    """A run folder or its best.pt -> (model in eval mode, the whole file). build(encoder, saved, args) makes
-    the model of the file's encoder, content and flags. args: of this call, in which the flags of a model may
-    only repeat what the run has."""
+    """A run folder or its best.pt -> (model in eval mode, what the file holds). build(encoder, saved, args)
+    makes the model of the file's encoder, content and flags. args: the flags of this call; those that
+    describe the encoder must be left out or be the run's."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     saved = load_file(file)
     try:
@@ -773,7 +830,7 @@ def load_finished(path, args, device, build):
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
         raise UserError(f"{file}: not a best.pt of this program ({one_line(error)})") from None
 
-    # Refuse what the run does otherwise.
+    # Refuse flags that contradict the run.
     own = {**saved["config"], **saved["info"]}
     for flag in ("image_size", "patch_size", "width", "depth", "heads", "mean", "std", "feature"):
         value = getattr(args, flag, None)
@@ -783,12 +840,13 @@ def load_finished(path, args, device, build):
             flag = flag.replace("_", "-")
             raise UserError(f"--{flag} {value}: {file} has {own.get(flag)}; leave the flag out")
 
-    # Say what it is: its own test set chose it, so its number there is too good.
+    # Say which epoch it is, and what the last one had. The run's own test set chose it, so its number there
+    # is optimistic.
     last = "beside it lies no results.json, so the run is not finished"
     with contextlib.suppress(OSError, ValueError, KeyError):
         results = json.loads((file.parent / "results.json").read_text())
-        results[f"best_{saved['metric']}"]  # --evaluate writes none
-        last = f"after the last epoch it was {results[saved['metric']]:.2f}"
+        if f"best_{saved['metric']}" in results:  # --evaluate writes a results.json without it
+            last = f"after the last epoch it was {results[saved['metric']]:.2f}"
     print_rank0(
         f"{file}: epoch {saved.get('epoch', 'unknown')} of {saved['args']['epochs']}, the best of its run by "
         f"{saved['metric']} on its own test set; {last}"
@@ -797,9 +855,9 @@ def load_finished(path, args, device, build):
 
 
 def evaluate(args, device):
-    """--evaluate: one classifier, or the ensemble of several (MR-MAE Table 4: their probabilities are
-    averaged), on --data, else on its own test set; with --predict the classes of a folder's images, or of one
-    image."""
+    """--evaluate: one classifier, or several as an ensemble (MR-MAE Table 4: their probabilities are
+    averaged), on --data, else on the first run's own test set; with --predict the classes of a folder's
+    images, or of one image -> exit code."""
 
     def build(encoder, saved, run_args):
         classes, multi_label = saved["classes"], saved["metric"] == "map11"
@@ -809,7 +867,8 @@ def evaluate(args, device):
     models, runs = zip(*[load_finished(path, args, device, build) for path in args.evaluate])
     own, metric = runs[0]["args"], runs[0]["metric"]
 
-    # Open the images. Without --data they are those of the first run, and lie where they lay then.
+    # Open the images: those of --predict, the test set of --data, or that of the first run, which lies where
+    # it lay then.
     name = args.data[0] if args.data else own["data"]
     if args.predict:
         files = ImageFiles([args.predict]) if os.path.isfile(args.predict) else open_folder(args.predict)
@@ -823,26 +882,32 @@ def evaluate(args, device):
             raise UserError(f"--evaluate {path}: was trained on other classes than those of {name}")
 
     # Average the probabilities, each model's on images of its own size.
-    p = 0
+    probabilities = 0  # (N, classes)
     for model in models:
         samples = EvalDataset(dataset, model.encoder.config["image_size"])
         logits = predict_logits(model, samples, args, device)
-        p = p + (logits.sigmoid() if model.multi_label else logits.softmax(dim=1)) / len(models)
+        scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=1)
+        probabilities = probabilities + scores / len(models)
     if dist.get_rank() > 0:
         return 0
 
-    # Write the numbers, or the classes: of many labels an image the best, and what is likelier than not. A
-    # file that cannot be read has none.
+    # Write the numbers of the test set.
     folder = RunFolder(args.out or "runs/evaluate")
     if not args.predict:
-        write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", report(folder, p, dataset, metric))
+        results = report(folder, probabilities, dataset, metric)
+        write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", results)
         return 0
-    read = ~p[:, :1].isnan()  # (N, 1)
+
+    # Or write the predicted classes: the best one of each image and, if images have several labels, all that
+    # are likelier than not. Files that could not be read are left out.
+    read = ~probabilities[:, :1].isnan()  # (N, 1)
     if not read.any():
-        raise UserError(f"--predict {args.predict}: none of its {len(p)} images can be read")
-    shown = F.one_hot(p.argmax(dim=1), len(dataset.classes)).bool() | ((p >= 0.5) & (metric == "map11"))
-    shown &= read
-    rows = [[files.paths[i], dataset.classes[c], f"{p[i, c]:.6f}"] for i, c in shown.nonzero().tolist()]
+        raise UserError(f"--predict {args.predict}: none of its {len(read)} images can be read")
+    shown = F.one_hot(probabilities.argmax(dim=1), len(dataset.classes)).bool()  # (N, classes)
+    if metric == "map11":
+        shown |= probabilities >= 0.5
+    places = (shown & read).nonzero().tolist()
+    rows = [[files.paths[i], dataset.classes[c], f"{probabilities[i, c]:.6f}"] for i, c in places]
     write_csv(folder, "predictions.csv", [["file", "class", "probability"], *rows])
     print_rank0(f"{folder.path / 'predictions.csv'}: {read.sum()} images; {(~read).sum()} broken, left out")
     return 0
@@ -851,37 +916,32 @@ def evaluate(args, device):
 # ------------------------------------------------------------------------------------------------------------
 # --objects: does an encoder look at the objects? MixedAE Sec. 3.4 and Fig. 5, in numbers and as a picture
 # ------------------------------------------------------------------------------------------------------------
-SMALL = 0.4  # ours: an object that covers less of its image than this; a larger one is hard to miss
+SMALL = 0.4  # ours: an object is small if it covers less than this share of its image
 
 
-class BoxedImages(TrainDataset):
-    """(epoch, i) -> (image and, as a fourth channel, which pixels lie in its box (255, else 0), -1, broken
-    names). A broken image has an empty box, which leaves it out of every mean."""
+class BoxedImages(EvalDataset):
+    """(epoch, i) -> (uint8 (4, height, width), whether it is broken, broken names): the image, and as a
+    fourth channel 255 where its boxes are, else 0."""
+
+    channels = 4
 
     def __init__(self, dataset, boxes, image_size):
-        super().__init__(dataset, center_crop(image_size))
+        super().__init__(dataset, image_size)
+        self.transform = center_crop(image_size)
         self.boxes = boxes  # of each sample, a list of [x0, y0, x1, y1] in pixels, ends included
-        self.image_size = image_size
 
-    def __getitem__(self, index):
-        _, i = index
-        try:
-            image, _ = self.dataset[i]
-        except Exception as error:  # bad files make PIL and torchvision raise all kinds
-            empty = torch.zeros(4, *self.image_size, dtype=torch.uint8)
-            return empty, -1, [broken_name(self.dataset, i, error)]
-
-        # Draw the box, then resize and crop it together with the image.
+    def read(self, i):
+        """Draw the boxes of sample i, then resize and crop them together with the image."""
+        image, _ = self.dataset[i]
         mask = torch.zeros_like(image[:1])
         for x0, y0, x1, y1 in self.boxes[i]:
             mask[:, y0 : y1 + 1, x0 : x1 + 1] = 255
-        return self.transform(torch.cat([image, mask])), -1, []  # uint8 (4, height, width)
+        return self.transform(torch.cat([image, mask]))
 
 
 def read_boxes(path, dataset, folder):
-    """A table with the columns file (relative to the set's folder), x0, y0, x1, y1 (pixels, ends included);
-    several rows of a file count as one object -> for each sample of the set a list of boxes, which is empty
-    if the table has none."""
+    """A table with the columns file (relative to the set's folder), x0, y0, x1, y1 (pixels, ends included) ->
+    for each sample of the set the list of its boxes. Several boxes of a file count as one object."""
     boxes = defaultdict(list)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -915,7 +975,7 @@ def read_boxes(path, dataset, folder):
 
 def patch_attention(encoder, images):
     """The attention of the last block on normalised images (B, 3, height, width), mean over heads, with the
-    patches alone as keys -> (B, N, L), each row with the sum 1. Query 0 is CLS, if the encoder has one."""
+    patches alone as keys -> (B, N, L), each row with the sum 1. Row 0 is CLS's, if the encoder has one."""
     attention = encoder.features(images, attention=True)["attention"]  # (B, H, N, N)
     attention = attention.float().mean(dim=1)[:, :, encoder.num_prefix_tokens :]  # (B, N, L)
     return attention / attention.sum(dim=2, keepdim=True)
@@ -927,10 +987,14 @@ def patch_areas(boxed, grid):
 
 
 def object_shares(attention, areas):
-    """attention (B, N, L) of `patch_attention`, areas (B, L) of `patch_areas` -> (B, 3): the share of the
-    image that the object covers, the share of the attention of CLS that falls on it, and the same for the
-    patches that lie wholly in it, on average. NaN where there is no CLS or no such patch. An encoder that
-    looks everywhere alike has three equal shares."""
+    """attention (B, N, L) of `patch_attention`, areas (B, L) of `patch_areas` -> (B, 3), with the columns
+
+        area     the share of the image that the object covers
+        cls      the share of CLS's attention that falls on the object, NaN without CLS
+        patches  the same, on average over the patches that lie wholly in the object, NaN if there is none
+
+    An encoder that looks everywhere alike has three equal shares.
+    """
     share = (attention * areas.unsqueeze(1)).sum(dim=2)  # of each query's attention, (B, N)
     prefix = attention.shape[1] - attention.shape[2]
     of_cls = share[:, 0] if prefix else torch.full_like(share[:, 0], math.nan)
@@ -942,8 +1006,10 @@ def object_shares(attention, areas):
 def average_shares(shares):
     """shares (images, 3) of `object_shares` -> their means over all images, and over those with a small
     object, as results.json has them. The smallest objects hold no whole patch and are missing in "patches";
-    "patches_area" is the area of the others, which is what even attention of patches would give."""
+    "patches_area" is the mean area of the others, which is what even attention of patches would give."""
     area, numbers = shares[:, 0], {}
+
+    # Add a column: the area where the object holds a whole patch, else NaN.
     shares = torch.cat([shares, torch.where(shares[:, 2:].isnan(), math.nan, shares[:, :1])], dim=1)
     for name, chosen in (("all", area > 0), ("small", (area > 0) & (area < SMALL))):
         means = zip(("area", "cls", "patches", "patches_area"), shares[chosen].nanmean(dim=0).tolist())
@@ -961,10 +1027,16 @@ def object_panels(encoder, attention, areas, images):
     return {title: heat_map(values.unflatten(1, encoder.grid), images) for title, values in maps.items()}
 
 
+def look(encoder, info, boxed):
+    """Samples of `BoxedImages` (B, 4, height, width) -> attention and areas as `object_shares` takes them."""
+    images = normalize(boxed[:, :3], info["mean"], info["std"])
+    return patch_attention(encoder, images), patch_areas(boxed, encoder.grid)
+
+
 def measure_objects(args, device):
-    """--objects: the same held-out images for every encoder, at the encoder's own image size; nothing is
-    trained -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png
-    shows what `object_panels` draws, on eight images, those with a small object first."""
+    """--objects: nothing is trained; all encoders see the same held-out images, each at its own image size
+    -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png shows
+    what `object_panels` draws of eight images, those with a small object first."""
     # Open the encoders, the images and their boxes.
     opened = {}
     for path in args.encoder:
@@ -981,27 +1053,31 @@ def measure_objects(args, device):
     for number, (path, (encoder, info, _)) in enumerate(opened.items(), start=1):
         encoder.to(device).eval()
 
-        def look(boxed):
-            images = normalize(boxed[:, :3], info["mean"], info["std"])
-            return patch_attention(encoder, images), patch_areas(boxed, encoder.grid)
-
         # Measure the shares of all images.
         samples = BoxedImages(dataset, boxes, encoder.config["image_size"])
-        shares = predict_dataset(lambda boxed: object_shares(*look(boxed)), samples, args, device).cpu()
+        shares = predict_dataset(
+            lambda boxed: object_shares(*look(encoder, info, boxed)), samples, args, device
+        ).cpu()
         results[path] = average_shares(shares)
         print_rank0(f"{path}: {results[path]}")
 
-        # Choose the images to draw, for all encoders the same.
+        # Choose the images to draw, the same for all encoders, among those that count for the first one.
         if ids is None:
-            small = (shares[order, 0] > 0) & (shares[order, 0] < SMALL)
-            ids = torch.cat([order[small], order[~small]])[:8].tolist()
-            print_rank0(f"{int((shares[:, 0] > 0).sum())} of {len(dataset)} images count")
+            area = shares[order, 0]
+            small, large = order[(area > 0) & (area < SMALL)], order[area >= SMALL]
+            ids = torch.cat([small, large]).tolist()
+            print_rank0(f"{len(ids)} of {len(dataset)} images count")
+            if not ids:
+                raise UserError(
+                    f"--objects {table}: none of the {len(dataset)} images counts; no box lies in the centre "
+                    f"of its image, which is what an encoder sees"
+                )
 
         # Draw its maps beside the images, in which all but the box is darkened.
-        boxed, _, _ = collate([samples[0, i] for i in ids])  # (b, 4, height, width)
+        boxed, _, _ = collate([samples[0, i] for i in ids[:8]])  # (b, 4, height, width)
         panels.setdefault("image, box", boxed[:, :3] / 255 * (0.3 + 0.7 * (boxed[:, 3:] > 127)))
         with torch.no_grad():
-            attention, areas = look(boxed.to(device))
+            attention, areas = look(encoder, info, boxed.to(device))
         name = Path(path).resolve().parent.name if Path(path).name == "encoder.pt" else Path(path).stem
         for title, maps in object_panels(encoder, attention.cpu(), areas.cpu(), panels["image, box"]).items():
             panels[f"{number} {name[:18]}\n{title}"] = maps
@@ -1018,8 +1094,8 @@ def measure_objects(args, device):
 # ============================================================================================================
 # A first reading may stop here. What follows: flags, encoders of every layout, the sets of MixedAE Table 2.
 # ============================================================================================================
-# What differs between protocols. Batches are ours, for a laptop, and fine-tuning's epochs; the papers' are in
-# docs.
+# What differs between the protocols. The batches and the 10 epochs of fine-tuning are ours, for a laptop;
+# those of the papers are in docs/recipes.md.
 PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # MAE's code, and CAE's
 DEFAULTS = {
     "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05),  # MAE's code
@@ -1036,21 +1112,17 @@ def add_encoder_args(parser, nargs=None):
         "--encoder",
         default="runs/mixedae/encoder.pt",
         nargs=nargs,
-        help="an encoder.pt, a published file, or none: random weights",
+        help="an encoder.pt, a published file, or none: a random encoder",
     )
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
-    add(
-        "--predict",
-        metavar="FOLDER",
-        help="with --evaluate: what is found in the images of this folder (finetune.py: or in this image)",
-    )
+    add("--predict", metavar="IMAGES", help="with --evaluate: predict the images of this folder, or this one")
     add(
         "--mean",
         type=unit_float,
         nargs=3,
         metavar=("R", "G", "B"),
-        help="what images are normalised with [as encoder.pt "
-        "says; published files: ImageNet's, but timm's augreg files want .5 .5 .5]",
+        help="what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's "
+        "augreg files want .5 .5 .5]",
     )
     add(
         "--std",
@@ -1062,8 +1134,7 @@ def add_encoder_args(parser, nargs=None):
 
 
 def parse_args(argv=None):
-    """Flags -> args. Two phases, --protocol first, because each protocol has flags and defaults of its
-    own."""
+    """Flags -> args. --protocol is read first, because each protocol has flags and defaults of its own."""
     argv = sys.argv[1:] if argv is None else list(argv)
     what = "what is trained on top of the encoder"
     protocol, parser = first_phase("finetune.py", "protocol", DEFAULTS, "linear", what, argv)
@@ -1090,8 +1161,8 @@ def parse_args(argv=None):
         add(
             "--feature",
             choices=("cls", "mean"),
-            help="the class token or the mean of the patch tokens [finetune: mean; "
-            "linear: as the encoder's authors]",
+            help="the class token or the mean of the patch tokens [finetune: mean; linear: what the "
+            "encoder's authors probe, and of a random encoder the mean]",
         )
     if protocol == "finetune":
         add_finetune_args(add)
@@ -1099,9 +1170,9 @@ def parse_args(argv=None):
         add(
             "--cache-features",
             action="store_true",
-            help="compute the features once, of the whole image: no augmentation, "
-            "but seconds instead of minutes. In memory: attentive, ViT-B at 224 pixels, .6 MB an image; else "
-            "3 kB",
+            help="compute the features once, of the whole image: no augmentation, but seconds instead of "
+            "minutes. They lie in the memory of each process, and at first of its card: attentive, ViT-B at "
+            "224 pixels, .6 MB per image; else 3 kB",
         )
     defaults = DEFAULTS[protocol]
     parser.set_defaults(
@@ -1122,12 +1193,15 @@ def parse_args(argv=None):
     check_encoder_args(parser, args)
     if args.objects == "" or args.objects and args.evaluate:
         parser.error("--objects: wants a table of boxes, and goes without --evaluate")
-    if args.objects and (len(args.data) > 1 or args.data[0] in (*NAMES, *SETS)):
-        parser.error(f"--objects: takes one folder, not --data {' '.join(args.data)}")
-    if not args.objects and len(args.encoder) > 1:
+    if args.objects:
+        name = args.data[0]
+        if len(args.data) > 1 or name in (*NAMES, *SETS) or name.endswith(".txt"):
+            parser.error(f"--objects: takes one folder, not --data {' '.join(args.data)}")
+    elif len(args.encoder) > 1:
         parser.error(f"--encoder {' '.join(args.encoder)}: one encoder a run, unless --objects compares them")
-    if not args.objects:
+    else:
         args.encoder = args.encoder[0]
+    check_data_args(parser, args)
     if args.evaluate and len(args.data) > 1:
         parser.error(f"--evaluate: one set at a time, not --data {' '.join(args.data)}")
     if len({Path(name).name for name in args.data}) < len(args.data):
@@ -1139,8 +1213,8 @@ def parse_args(argv=None):
 
 
 def add_finetune_args(add):
-    """Numbers of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows; CAE's (Appendix A) are
-    the same."""
+    """The defaults are those of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows. CAE's
+    (Appendix A) are the same."""
     add(
         "--layer-decay",
         type=bounded(float, 1e-6, 1),
@@ -1185,28 +1259,26 @@ def check_encoder_args(parser, args):
 # ------------------------------------------------------------------------------------------------------------
 # Encoders
 # ------------------------------------------------------------------------------------------------------------
-# Published layouts: how to know one by its names; what turns these into the names of our ViT; the feature
-# that its authors probe; heads by width, which no state dict shows. The first that fits is taken.
-Layout = namedtuple("Layout", "name sign convert feature heads")
+class Layout(NamedTuple):
+    """A layout of published files. No tensor shows the number of heads, so they go by the width."""
+
+    name: str
+    sign: str  # a tensor of this layout; the first layout whose sign is found is taken
+    convert: Callable  # its names -> those of our ViT
+    feature: str  # what its authors probe
+    heads: dict  # width -> heads
+
+
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 LAYOUTS = (
     Layout("CAE", "blocks.0.attn.q_bias", cae.from_official, "cls", {**HEADS, 384: 12}),
     Layout("MCMAE", "blocks3.0.norm1.weight", from_official_mcmae, "mean", HEADS),
     Layout("MAE, DINO or timm", "pos_embed", dict, "cls", HEADS),
 )
-# What is no part of an encoder, by the names of the layouts.
-LEFT_ASIDE = (
-    "head",
-    "fc_norm",
-    "pre_logits",
-    "decoder",
-    "mask_token",
-    "lm_head",
-    "regresser",
-    "pretext_neck",
-    "encoder_to_",
-    "rd_pos_embed",
-    "stage",
+# Tensors whose names begin so belong to heads and decoders.
+LEFT_ASIDE = tuple(
+    "head fc_norm pre_logits decoder mask_token lm_head regresser pretext_neck encoder_to_ rd_pos_embed "
+    "stage".split()
 )
 
 
@@ -1222,13 +1294,14 @@ def read_published(state, path, heads):
         found = strip_prefixes(find_weights(state, path))
         layout = next(layout for layout in LAYOUTS if layout.sign in found)
 
-        # Let the LayerNorm of mean features stand for the last one, and leave aside what is no encoder.
+        # A file that was fine-tuned on mean features has fc_norm in place of norm: take it as norm. Drop
+        # heads and decoders.
         mean_pooled = "fc_norm.weight" in found and "norm.weight" not in found
         if mean_pooled:
             found = rename(found, [(r"^fc_norm\.", "norm.")])
         kept = {name: value for name, value in found.items() if not name.startswith(LEFT_ASIDE)}
 
-        # Read the shape of the ViT off them.
+        # Read the shape of the ViT off the weights.
         weights = strip_prefixes(layout.convert(kept))
         shape = read_shape(weights)
         if shape["channels"] != 3:
@@ -1253,22 +1326,28 @@ def read_published(state, path, heads):
         print_rank0(
             f"{path}: fine-tuned with mean pooling; its fc_norm stands for norm, and fills a new LayerNorm"
         )
-    known = {
-        "method": "cae" if layout.name == "CAE" else Path(path).stem,
-        "feature": "mean" if mean_pooled else layout.feature,
-    }
+
+    # Name the method after the file. But only CAE's may be called "cae", because `Classifier` keeps its
+    # positions fixed, and so does whoever opens the fine-tuned encoder.
+    method = Path(path).stem
+    if layout.name == "CAE":
+        method = "cae"
+    elif method.partition("-")[0] == "cae":
+        method = f"published-{method}"
+    known = {"method": method, "feature": "mean" if mean_pooled else layout.feature}
     return weights, shape, known, mean_pooled
 
 
 def open_encoder(args):
-    """--encoder -> (ViT at --image-size, info, weights of a LayerNorm for mean features or None). info has
-    method, feature, mean, std."""
+    """--encoder -> (ViT at --image-size, info, fc_norm). info has method, feature, mean, std; fc_norm is the
+    state dict of a LayerNorm for mean features, or None."""
     path, mean_pooled = args.encoder, False
     info = {"method": "random", "feature": "mean", "mean": list(MEAN), "std": list(STD)}
     flags = ("image_size", "patch_size", "size", "width", "depth", "heads")
     given = {flag: value for flag, value in vars(args).items() if flag in flags and value is not None}
 
-    # Make a random encoder, as train.py would start from; or read our own file, or a published one.
+    # Make a random encoder as train.py would, whose defaults the flags have that were not given; or read our
+    # own file, or a published one.
     if path == "none":
         sizes = argparse.ArgumentParser()
         add_size_args(sizes)
@@ -1297,8 +1376,8 @@ def open_encoder(args):
 
 
 def load_at_size(weights, shape, given, path):
-    """The ViT of a file, at the image size that is asked for, loaded strictly. given: the size flags that
-    were given."""
+    """The ViT of a file, at the image size of --image-size, loaded strictly. given: the size flags that were
+    given, of which the others must be the file's."""
     for flag in given.keys() - {"image_size"}:
         has = shape.get(flag, "a size of its own")
         if given[flag] != has:
@@ -1324,8 +1403,8 @@ VOC_CLASSES = (
 
 
 def voc_labels(dataset):
-    """Which classes an image shows, (20,) each; an object marked difficult does not count (Ericsson et al.,
-    CVPR 2021)."""
+    """For each image 20 numbers, 1 for the classes that it shows, else 0. An object marked difficult does not
+    count (Ericsson et al., CVPR 2021)."""
     labels = []
     for path in dataset.targets:
         objects = ElementTree.parse(path).iter("object")
@@ -1334,15 +1413,22 @@ def voc_labels(dataset):
     return labels
 
 
-# The transfer sets of MixedAE Table 2 but for CIFAR, which data.py opens: torchvision's class; arguments that
-# choose its training splits and its test splits; the metric of the literature; sizes; what to do by hand. If
-# files list what is trained and tested on: these, and a function that gives the names of all samples as the
-# files have them. Then functions that give labels and classes.
-Row = namedtuple(
-    "Row",
-    "kind train test metric sizes by_hand lists names labels classes",
-    defaults=["", (None, None), None, attrgetter("_labels"), attrgetter("classes")],
-)
+class Row(NamedTuple):
+    """A transfer set, and how torchvision opens it."""
+
+    kind: str  # torchvision's class
+    train: list  # the arguments that choose its training splits
+    test: list  # and its test splits
+    metric: str  # of the literature
+    sizes: tuple  # how many training and test images there must be
+    by_hand: str = ""  # what must be done by hand
+    lists: tuple = (None, None)  # text files that list the training and the test images, if splits do not
+    names: Callable = None  # set -> the names of its samples, as these files have them
+    labels: Callable = attrgetter("_labels")  # set -> labels
+    classes: Callable = attrgetter("classes")  # set -> names of the classes
+
+
+# The transfer sets of MixedAE Table 2, except CIFAR, which data.py opens.
 SETS = {
     "aircraft": Row("FGVCAircraft", ["trainval"], ["test"], "mean_per_class", (6667, 3333)),
     "caltech101": Row(
@@ -1351,8 +1437,8 @@ SETS = {
         [""],
         "mean_per_class",
         (2416, 6728),
-        "it has no official split: put Ericsson et al.'s lists of lines like "
-        "accordion/image_0001.jpg into caltech101/train.txt and caltech101/test.txt",
+        "it has no official split: put train.txt and test.txt of Ericsson et al. (on GitHub "
+        "linusericsson/ssl-transfer, caltech101-splits/) into caltech101/",
         ("caltech101/train.txt", "caltech101/test.txt"),
         lambda d: [f"{d.categories[y]}/image_{i:04d}.jpg" for y, i in zip(d.y, d.index)],
         attrgetter("y"),
@@ -1399,8 +1485,10 @@ def choose_listed(dataset, names, path):
     """The samples of a set that a text file of paths lists -> (set, number of lines). names: of all samples,
     as such files have them, but for a slash in front."""
     place = {name: i for i, name in enumerate(names)}
-    lines = [line.strip("/") for line in path.read_text().split()]
-    wanted = [line for line in lines if not line.startswith("BACKGROUND_Google/")]  # torchvision has it not
+    # A line is a path and, in Ericsson et al.'s lists, a label behind it. Torchvision leaves their class of
+    # backgrounds out.
+    lines = [line.split()[0].strip("/") for line in path.read_text().splitlines() if line.strip()]
+    wanted = [line for line in lines if not line.startswith("BACKGROUND_Google/")]
     missing = [line for line in wanted if line not in place]
     if missing:
         raise ValueError(f"{len(missing)} images that {path} lists are not there, the first is {missing[0]}")
@@ -1424,7 +1512,7 @@ def open_transfer_set(name, args):
             # Check that it is whole.
             if found != size:
                 raise ValueError(f"there are {found} images, not {size}; is it complete?")
-            dataset[0]  # some sets find out only here that scipy or a file is missing
+            dataset[0]  # some sets notice only now that scipy or a file is missing
             sets.append(dataset)
     except Exception as error:  # each set and each server fails in its own way
         advice = row.by_hand or "add --download, which needs a network"
@@ -1437,7 +1525,7 @@ def open_transfer_set(name, args):
 
 def open_labelled(name, args):
     """A word of --data -> (training set, test set, metric)."""
-    # Open a transfer set, or any other set; to evaluate, a folder without a split is tested whole.
+    # Open a transfer set, or any other set. With --evaluate a folder without train/ and val/ is tested whole.
     if name in SETS:
         train_set, test_set = open_transfer_set(name, args)
         metric = SETS[name].metric
@@ -1447,7 +1535,7 @@ def open_labelled(name, args):
         held_out = found if held_out is None and args.evaluate else held_out
         if not found.classes or held_out and not held_out.classes:
             raise UserError(
-                f"--data {name}: has no labels; a labelled folder has one folder a class below train/ and "
+                f"--data {name}: has no labels; a labelled folder has one folder per class below train/ and "
                 "val/"
             )
         if held_out is None:
@@ -1477,7 +1565,7 @@ def fewer_labels(train_set, args):
         return train_set
     labels = torch.tensor(train_set.labels)
     if labels.ndim > 1:
-        raise UserError("--label-fraction: is for one label an image; leave it out for voc2007")
+        raise UserError("--label-fraction: is for one label per image; leave it out for voc2007")
     order, chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed)), []
     for label in labels.unique():
         ids = order[labels[order] == label].tolist()

@@ -1,17 +1,18 @@
 """MR-MAE, "Mimic before Reconstruct" (Gao et al., arXiv 2303.05475), and plain MAE (He et al., arXiv
-2111.06377), which is its Sec. 3.1.
+2111.06377), which it extends and describes in its Sec. 3.1.
 
 Reading order of the project: vit -> **mrmae** -> mixedae -> cae -> data -> train -> finetune -> dense.
 
 MAE hides 75 % of the patches of an image, encodes the visible quarter alone, and lets a small decoder rebuild
-the pixels of the rest. MR-MAE asks for one thing more: from what the encoder makes of the *visible* patches,
-one linear layer must predict what a frozen teacher (CLIP, DINO, or any encoder trained here) makes of them.
-So semantics are learned at the encoder from visible patches and texture at the decoder from hidden ones, and
-the two do not compete for the same tokens.
+the pixels of the rest. MR-MAE adds a second loss: from the encoder's output at the *visible* patches, one
+linear layer must predict the features that a frozen teacher (CLIP, DINO, or any encoder trained here) has for
+the same patches. So semantics are learned at the encoder from visible patches and texture at the decoder from
+hidden ones, and the two do not compete for the same tokens.
 
     images (B, C, height, width)
         -- teacher, frozen ----------------------> tokens (B, L, Dt), saliency (B, L): where its CLS looks
         -- the V most salient patches -----------> ids (B, V): visible; the other U = L - V are hidden
+           (--visible random: V random ones)
         -- tokens at ids ------------------------> features F_v (B, V, Dt)
     images
         -- patch embedding + positions ----------> (B, L, D)
@@ -27,17 +28,23 @@ the two do not compete for the same tokens.
     In the paper         Here
     l_v, l_m             V, U: how many patches are visible and hidden; L = V + U are all patches
     C                    D of the encoder, Dt of the teacher; our C is the number of image channels
-    I_m, D_m             target, pred (B, L, P), read where mask (B, L) is True; p^2 is our P = C p p
-    E_v                  latent (B, 1 + V, D), read behind its CLS token
+    I_m, D_m             target, pred (B, L, P), read where mask (B, L) is True. The paper counts p^2 values
+                         of a patch; with its 3 colours they are our P = C p p
+    E_v                  latent[:, 1:]: latent (B, 1 + V, D) has the CLS token in front
     L(E_v), F_v          mimicked, features: lists with (B, V, Dt) for each teacher
     L( )                 one of mimic_heads
-    L_R, L_M             recon and mimic in the log
-    Focused Mimicking    salient_visible, as --visible says
+    L_R, Eq. 1           reconstruction_loss; `recon` in the log
+    L_M, Eq. 2           mimic_loss; `mimic` in the log
+    .5 L_R + .5 L_M      MRMAE.forward; the weights are --recon-weight and --mimic-weight
+    the teacher          Teacher; open_teachers opens it, MRMAE.ask gets its features
+    random masking       vit.random_visible: in MAE always, here with --visible random
+    Focused Mimicking    salient_visible: the V most salient patches or, with --visible sampled, drawn ones
     Multi-layer Fusion   the sum in MAE.encode, over the blocks of --fuse-layers
-    Masked Convolution   vit.ConvStem, with --stem conv (it makes MCMAE of MAE)
+    Masked Convolution   vit.ConvStem, with --stem conv (MAE with it is MCMAE); vit.ConvBlock.forward zeroes
+                         the hidden places
 
-Of these three tricks the first two are on by default, which is row 4 of Table 3. With --stem conv it is row
-7, the model of Table 1.
+The first two of these three tricks are on by default: that is row 4 of Table 3. --stem conv adds the third:
+row 7 and, after 400 epochs, the model of Table 1.
 
 Run it (on the drawn set `shapes`, on a laptop):
     python train.py --method mae                                    # makes the teacher of the next line
@@ -45,9 +52,10 @@ Run it (on the drawn set `shapes`, on a laptop):
 A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FILE. The training loop is
 `train_loop` in train.py; each of its steps calls `MRMAE.forward`.
 
-In the log a `mimic` of 1 is what predicting zeros would give, because each token of the targets has mean 0
-and variance 1. A new head starts at about 2. Below 1 it may still know no more than the teacher's mean
-feature, if the teacher's features are nearly the same everywhere.
+How to read `mimic` in the log: each token of the targets has mean 0 and variance 1, so 1 is the loss of a
+head that predicts zeros. A new head starts at about 2. A value below 1 does not yet prove that the head tells
+patches apart: if the teacher's features differ little between patches, always predicting their mean gives
+such a value, too.
 
 `python mrmae.py` prints the shapes of what `predict` returns. Where the paper is silent, the list at the end
 of this file says what we do and why.
@@ -107,35 +115,27 @@ from vit import (
 def reconstruction_loss(pred, target, mask):
     """Eq. 1: L_R = 1 / l_m || D_m - I_m ||^2, over the l_m hidden patches.
 
-    pred D, target I (B, L, P), mask (B, L) bool -> (). The squared norm is a mean over the P values of a
-    patch, as in MAE's code. I are pixels, by default normalised patch by patch (see `MAE.target`).
+    pred, target (B, L, P) hold D_m and I_m where mask (B, L) is True (hidden) -> (). Eq. 1 sums the squared
+    errors of a patch; this takes their mean, as MAE's code does. For the target see `MAE.target`.
     """
-    error = (pred.float() - target).square().mean(dim=-1)  # (B, L)
-    return (error * mask).sum() / mask.sum()
+    error = (pred.float() - target).square().mean(dim=-1)  # of each patch, (B, L)
+    return (error * mask).sum() / mask.sum()  # the mean over hidden patches
 
 
 class MAE(nn.Module):
-    """Plain MAE; with --stem conv MCMAE, which has masked convolution stages for a patch embedding."""
+    """Plain MAE. With --stem conv it is MCMAE: masked convolution stages replace the patch embedding."""
 
     def __init__(self, args, conv_cls=False):
-        """args: the flags, as train.parse_args gives them. conv_cls: give the encoder a CLS token with --stem
-        conv too; MCMAE has none."""
+        """args: the flags, as train.parse_args gives them. conv_cls: whether the encoder has a CLS token also
+        with --stem conv. MCMAE's has none, MR-MAE's has one."""
         super().__init__()
-        # Build encoder and decoder. MLPs are 4 times as wide as their input, as in MAE's code; with the
-        # convolution stem (vit.ConvStem) they are as wide as vit.STEM_SIZES says.
-        conv = args.stem == "conv"
-        sizes = STEM_SIZES[args.size] if conv else dict(mlp_ratio=4, decoder_mlp_ratio=4)
-        stem = {key: sizes[key] for key in ("widths", "depths", "mlp_ratios")} if conv else None
-        class_token = conv_cls or not conv
-        self.encoder = build_encoder(args, mlp_ratio=sizes["mlp_ratio"], class_token=class_token, stem=stem)
-        self.decoder = build_decoder(args, self.encoder, mlp_ratio=sizes["decoder_mlp_ratio"])
-        self.fuse_layers = [args.depth]  # the blocks whose outputs are summed: in MAE the last one alone
-
-        # Bring both convolution stages to the token grid: a patch holds 4 x 4 places of stage 1 and 2 x 2 of
-        # stage 2.
-        if conv:
-            to_grid = [nn.Conv2d(width, args.width, k, stride=k) for width, k in zip(stem["widths"], (4, 2))]
-            self.stage_fusion = nn.ModuleList(to_grid).to(memory_format=torch.channels_last)
+        # Build encoder and decoder.
+        if args.stem == "conv":
+            self.encoder, self.decoder, self.stage_fusion = build_mcmae(args, conv_cls)
+        else:
+            self.encoder = build_encoder(args)
+            self.decoder = build_decoder(args, self.encoder)
+        self.fuse_layers = [args.depth]  # numbers, from 1, of the blocks to sum; in plain MAE the last alone
 
         # Count the visible patches.
         L = self.encoder.num_patches
@@ -152,22 +152,22 @@ class MAE(nn.Module):
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2 (1).
 
-        images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None to draw one.
-        Returns latent (B, 1 + V, D), pred (B, L, P), target (B, L, P), mask (B, L). Without CLS latent is
-        (B, V, D).
+        images (B, C, height, width) normalised; mask (B, L) bool, True = hidden (`hidden` below and in
+        vit.py), or None to draw one. Returns latent (B, 1 + V, D), pred (B, L, P), target (B, L, P), mask (B,
+        L). Without CLS latent is (B, V, D).
         """
-        # Choose the visible patches.
+        # Choose the visible patches, at random if no mask is given.
         L = self.encoder.num_patches
         if mask is None:
             ids = random_visible(len(images), L, self.num_visible, images.device)  # (B, V)
         else:
             ids = visible_ids(mask)  # (B, V)
-        mask = hidden_mask(ids, L)  # (B, L)
+        hidden = hidden_mask(ids, L)  # (B, L), equal to `mask` if that was given
 
         # Encode them, insert [MASK] at the hidden places, decode.
-        latent = self.encode(images, ids, mask)  # (B, 1 + V, D)
+        latent = self.encode(images, ids, hidden)  # E_v with CLS in front, (B, 1 + V, D)
         pred = self.decoder(self.insert_masks(latent, ids))  # (B, L, P)
-        return {"latent": latent, "pred": pred, "target": self.target(images), "mask": mask}
+        return {"latent": latent, "pred": pred, "target": self.target(images), "mask": hidden}
 
     def forward(self, images, mask=None):
         """images (B, C, height, width) -> loss (), {"recon": ()}."""
@@ -176,14 +176,17 @@ class MAE(nn.Module):
         return loss, {"recon": loss.detach()}
 
     def encode(self, images, ids, mask):
-        """Images -> E_v (B, 1 + V, D) of the visible patches ids (B, V); mask (B, L) is True elsewhere."""
-        # Embed all patches and keep the visible ones. A convolution stem looks across patches, so it gets the
-        # mask; it appends the maps of its two finer stages to `stages`.
+        """Images -> E_v with CLS in front (B, 1 + V, D). ids (B, V): the visible patches; mask (B, L): True
+        at the others. Unlike encoder.encode this can sum the outputs of several blocks."""
+        # Embed all patches and keep the visible ones. A patch embedding treats each patch by itself, so this
+        # equals embedding the visible ones alone. A convolution stem looks across patches: it gets the mask,
+        # and appends the maps of its two finer stages to `stages`, which else stays empty.
         stages = []
         x = self.encoder.embed(images, mask, stages)  # (B, L, D)
         x = gather_tokens(x, ids)  # (B, V, D)
 
-        # Multi-layer fusion (Sec. 3.3): sum the outputs of several blocks, CLS included.
+        # Multi-layer fusion (Sec. 3.3): sum the outputs of several blocks, CLS included. In plain MAE this is
+        # the output of the last block.
         _, outputs = self.encoder.forward_blocks(x, self.fuse_layers)
         x = sum(outputs)  # (B, 1 + V, D)
 
@@ -191,12 +194,12 @@ class MAE(nn.Module):
         if stages:
             fine = sum(conv(stage) for conv, stage in zip(self.stage_fusion, stages))  # (B, D, h, w)
             fine = gather_tokens(rearrange(fine, "b d h w -> b (h w) d"), ids)  # (B, V, D)
-            x = x + F.pad(fine, (0, 0, self.encoder.num_prefix_tokens, 0))
+            x = x + F.pad(fine, (0, 0, self.encoder.num_prefix_tokens, 0))  # a row of zeros for CLS
         return self.encoder.norm(x)
 
     def insert_masks(self, latent, ids):
         """E_v (B, 1 + V, D) -> what the decoder sees (B, 1 + L, Dd): the visible tokens at their places, ids
-        (B, V), and [MASK] at the others."""
+        (B, V), and [MASK] tokens at the others."""
         prefix = self.encoder.num_prefix_tokens
         y = self.decoder.embed(latent)  # (B, 1 + V, Dd)
         cls = y[:, :prefix]  # (B, 1, Dd)
@@ -204,11 +207,12 @@ class MAE(nn.Module):
 
         # Fill all L places with [MASK], then put the visible tokens at theirs. The decoder adds positions.
         mask_tokens = self.decoder.mask_token.to(y.dtype).expand(len(y), self.encoder.num_patches, -1)
-        full = mask_tokens.scatter(1, ids.unsqueeze(-1).expand_as(visible), visible)  # (B, L, Dd)
-        return torch.cat([cls, full], dim=1)
+        patches = mask_tokens.scatter(1, ids.unsqueeze(-1).expand_as(visible), visible)  # (B, L, Dd)
+        return torch.cat([cls, patches], dim=1)
 
     def target(self, images):
-        """I of Eq. 1, for every patch (B, L, P): its pixels, by default normalised patch by patch."""
+        """The target of Eq. 1 for all patches, (B, L, P): their pixels, by default normalised patch by patch.
+        I_m is its hidden rows."""
         patches = patchify(images, self.encoder.patch_size)
         return norm_pix(patches) if self.norm_pix else patches
 
@@ -222,7 +226,7 @@ class MAE(nn.Module):
         With norm_pix the reconstruction borrows the true mean and standard deviation of each hidden patch:
         its colours are not predicted.
         """
-        # Show the visible patches on black.
+        # Paint the hidden patches in the mean colour, which is 0 once normalised.
         p = self.encoder.patch_size
         patches = patchify(images, p)  # (B, L, P)
         hidden = out["mask"].unsqueeze(-1)  # (B, L, 1)
@@ -275,8 +279,8 @@ class MAE(nn.Module):
 def mimic_loss(mimicked, features):
     """Eq. 2: L_M = 1 / l_v || L(E_v) - F_v ||^2, over the l_v visible patches.
 
-    mimicked L(E_v), the teacher's features F_v (B, V, Dt) -> (). The squared norm is a mean over the Dt
-    values, and each token of F_v is first normalised over them, by a LayerNorm without learned parameters.
+    mimicked L(E_v), the teacher's features F_v (B, V, Dt) -> (). Eq. 2 sums the squared errors of a token;
+    this takes their mean, and first normalises each token of F_v by a LayerNorm without learned parameters.
     Both are ours: see the end of the file.
     """
     target = F.layer_norm(features.float(), features.shape[-1:])  # (B, V, Dt)
@@ -286,31 +290,26 @@ def mimic_loss(mimicked, features):
 def salient_visible(saliency, visible, how):
     """Focused mimicking (Sec. 3.3): the ids (B, V) of the visible patches, in raster order.
 
-    saliency (B, L), not negative; how: "top-k", the V most salient patches, or "sampled": V patches drawn one
-    after the other, none twice, with probabilities in proportion to saliency.
+    saliency (B, L), not negative; visible: V; how: "top-k", the V most salient patches, or "sampled", V
+    patches drawn one after the other without replacement, with probabilities in proportion to saliency.
+    (Random ones, for which no saliency is needed: vit.random_visible.)
     """
     if how == "sampled":
-        # Let each patch ring after a waiting time E / saliency, where E is exponential. The next to ring is a
-        # patch with probability in proportion to its saliency, so the first V to ring are such a draw: those
-        # with the largest saliency / E. torch.multinomial does the same, but its checks make the CPU wait for
-        # the GPU.
+        # Divide each saliency by a random number from the exponential distribution. The V patches with the
+        # largest quotients are such a draw (the "exponential race"). torch.multinomial does the same, but
+        # also checks its input, for which the CPU must wait for the GPU.
         saliency = saliency / torch.empty_like(saliency).exponential_()
     return saliency.topk(visible, dim=1).indices.sort(dim=1).values
 
 
 def joint_saliency(maps):
     """Saliency of all teachers, a list of (B, L) -> (B, L): the mean of the maps, each first divided by its
-    sum, so that teachers count alike. (This is ours: Table 4 only says "Joint".)"""
+    sum, so that each teacher has the same weight. (This is ours: Table 4 only says "Joint".)"""
     return sum(m / m.sum(dim=1, keepdim=True) for m in maps) / len(maps)
 
 
 class Teacher(nn.Module):
-    """A frozen ViT, with the mean and standard deviation of the images that it was trained on.
-
-    To mimic something else, write an nn.Module with the attributes `grid`, `width`, `num_prefix_tokens` (0:
-    it has no saliency) and `name` and with the methods `features` and `renormalize`, and return one from
-    `open_teacher`.
-    """
+    """A frozen ViT, with the mean and standard deviation of the images that it was trained on."""
 
     def __init__(self, vit, mean, std, name):
         super().__init__()
@@ -332,13 +331,13 @@ class Teacher(nn.Module):
         Saliency is the CLS row of the last block's attention, over patches, mean over heads; it is not
         divided by its sum. Both are fp32.
         """
-        # Move to the device of the images, once. MRMAE holds its teachers in a plain list, where
-        # model.to(device) does not reach them.
+        # Move the teacher to the device of the images, at the first call. MRMAE keeps its teachers in a plain
+        # list, where model.to(device) does not reach them.
         if self.vit.pos_embed.device != images.device:
             self.to(images.device)
 
-        # Run the ViT. Autocast may run its matrix products in 16 bits, but what they are added to is not
-        # rounded: the residual stream starts in fp32, as positions do, and the last LayerNorm keeps that.
+        # Run the ViT. Under autocast its matrix products are in 16 bits; the residual stream and the final
+        # LayerNorm stay in fp32, so the tokens are not rounded to 16 bits.
         has_cls = self.num_prefix_tokens > 0
         out = self.vit.features(images, attention=has_cls)
 
@@ -351,11 +350,16 @@ class Teacher(nn.Module):
 
     def renormalize(self, images, mean, std):
         """Images (B, C, height, width) normalised with mean and std -> what the teacher was trained on: its
-        own statistics and size."""
-        # Undo our normalisation and apply the teacher's, in one step.
-        statistics = (mean, std, self.mean, self.std)
-        mean, std, own_mean, own_std = (channels(values, images) for values in statistics)  # (3, 1, 1)
+        own statistics and size. An oblong image is stretched to a square teacher's size."""
+        # Go back to colours in [0, 1], images * std + mean, and normalise these with the teacher's mean and
+        # standard deviation, all in one step.
+        mean = channels(mean, images)  # (3, 1, 1), as the next three
+        std = channels(std, images)
+        own_mean = channels(self.mean, images)
+        own_std = channels(self.std, images)
         images = images * (std / own_std) + (mean - own_mean) / own_std
+
+        # Resize to the size that the teacher was trained at.
         bicubic = v2.InterpolationMode.BICUBIC
         return v2.functional.resize(images, self.image_size, interpolation=bicubic, antialias=True)
 
@@ -375,7 +379,7 @@ def resize_features(features, old_grid, new_grid):
 
 class MRMAE(MAE):
     """MR-MAE: MAE with a teacher. The teacher's CLS attention chooses the visible patches, and a linear head
-    predicts from E_v the teacher's features of them. Flags give the ablations of Tables 3 and 4 too."""
+    predicts the teacher's features of these patches from E_v. The ablations of Tables 3 and 4 are flags."""
 
     def __init__(self, args):
         super().__init__(args, conv_cls=True)
@@ -385,18 +389,23 @@ class MRMAE(MAE):
         self.recon_weight = args.recon_weight
         self.mimic_weight = args.mimic_weight
 
-        # Open the teachers. In a plain list they are no part of the state dict, the optimizer, DDP, train().
+        # Open the teachers. They are frozen, so they stand in a plain list and not in an nn.ModuleList: thus
+        # they stay out of the state dict, the optimizer, DDP and model.train().
         self.teachers = open_teachers(args, self.encoder.grid)
+
+        # Compile their blocks here, with --compile: train.py compiles only what is part of the model.
         if args.compile:
             for teacher in self.teachers:
                 for block in all_blocks(teacher):
                     block.compile(dynamic=False)
 
-        # Leave out what no loss uses: DDP stops on a parameter without gradient.
-        if not self.recon_weight and self.mimic_at == "encoder":
-            self.decoder = None
-        elif not self.recon_weight:
-            self.decoder.pred = None
+        # Leave out what no loss uses, because DDP stops at a parameter without gradient. Without L_R this is
+        # the whole decoder or, if the decoder mimics, its layer for pixels.
+        if not self.recon_weight:
+            if self.mimic_at == "encoder":
+                self.decoder = None
+            else:
+                self.decoder.pred = None
 
         # Build a mimic head, L of Eq. 2, for each teacher.
         width = args.width if self.mimic_at == "encoder" else args.decoder_width
@@ -407,17 +416,15 @@ class MRMAE(MAE):
         """Every tensor of Fig. 2.
 
         images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None: as --visible says;
-        features: what the teachers say of all patches, a list with {"tokens": (B, L, Dt), "saliency": (B, L)}
-        on our grid for each teacher, or None to ask them.
+        features: what `ask` returns for each teacher, or None to ask them here.
 
-        Returns latent E_v (B, 1 + V, D); mimicked L(E_v) and features F_v: lists, for each teacher (B, V,
-        Dt), with --mimic-at decoder (B, U, Dt); saliency: a list, for each teacher (B, L) or None; mask (B,
-        L); ids (B, V); and unless --recon-weight is 0 pred and target (B, L, P).
+        Returns latent, E_v with CLS in front (B, 1 + V, D); mimicked L(E_v) and features F_v: lists, for each
+        teacher (B, V, Dt), with --mimic-at decoder (B, U, Dt); saliency: a list, for each teacher (B, L) or
+        None; mask (B, L); ids (B, V); and unless --recon-weight is 0 pred and target (B, L, P).
         """
-        # Ask the teachers.
-        if features is None:
-            features = [self.ask(teacher, images) for teacher in self.teachers]
-        saliency = [answer["saliency"] for answer in features]  # each (B, L)
+        # Ask the teachers for the features of all patches, and where their CLS looks.
+        answers = features or [self.ask(teacher, images) for teacher in self.teachers]
+        saliency = [answer["saliency"] for answer in answers]  # each (B, L), or None without CLS
 
         # Choose the visible patches; by focused mimicking (Sec. 3.3) they are the most salient ones.
         L = self.encoder.num_patches
@@ -427,57 +434,63 @@ class MRMAE(MAE):
             ids = random_visible(len(images), L, self.num_visible, images.device)  # (B, V)
         else:
             ids = salient_visible(joint_saliency(saliency), self.num_visible, self.visible)  # (B, V)
-        mask = hidden_mask(ids, L)  # (B, L)
+        hidden = hidden_mask(ids, L)  # (B, L), equal to `mask` if that was given
 
-        # Gather F_v: the teachers' features of the patches that mimic, which are the visible ones. With
-        # --mimic-at decoder they are the hidden ones, which the inverted mask shows.
-        mimic_ids = ids if self.mimic_at == "encoder" else visible_ids(~mask)  # (B, V), or (B, U)
-        F_v = [gather_tokens(answer["tokens"], mimic_ids) for answer in features]  # each (B, V, Dt)
+        # Gather F_v, the teachers' features that are to be predicted: of the visible patches or, with
+        # --mimic-at decoder, of the hidden ones, which are the "visible" ones of the inverted mask.
+        mimic_ids = ids if self.mimic_at == "encoder" else visible_ids(~hidden)  # (B, V), or (B, U)
+        F_v = [gather_tokens(answer["tokens"], mimic_ids) for answer in answers]  # each (B, V or U, Dt)
 
-        # Encode.
-        latent = self.encode(images, ids, mask)  # E_v, (B, 1 + V, D)
-        out = {"latent": latent, "features": F_v, "saliency": saliency, "mask": mask, "ids": ids}
-        mimicking = latent[:, 1:]  # (B, V, D)
+        # Encode the visible patches.
+        latent = self.encode(images, ids, hidden)  # E_v with CLS in front, (B, 1 + V, D)
+        out = {"latent": latent, "features": F_v, "saliency": saliency, "mask": hidden, "ids": ids}
 
-        # Decode, and predict pixels.
+        # Insert [MASK] at the hidden places and decode.
         if self.decoder is not None:
             decoded = self.decoder.features(self.insert_masks(latent, ids))  # (B, L, Dd)
-            if self.recon_weight:
-                out["pred"] = self.decoder.pred(decoded)  # (B, L, P)
-                out["target"] = self.target(images)  # (B, L, P)
-            if self.mimic_at == "decoder":
-                mimicking = gather_tokens(decoded, mimic_ids)  # (B, U, Dd)
 
-        # Predict the teachers' features, L(E_v).
-        out["mimicked"] = [head(mimicking) for head in self.mimic_heads]  # each (B, V, Dt)
+        # Predict pixels. Eq. 1 reads D_m and I_m out of these.
+        if self.recon_weight:
+            out["pred"] = self.decoder.pred(decoded)  # (B, L, P)
+            out["target"] = self.target(images)  # (B, L, P)
+
+        # Predict the teachers' features, L(E_v), from E_v without CLS or, with --mimic-at decoder, from the
+        # decoder's hidden tokens.
+        if self.mimic_at == "encoder":
+            head_input = latent[:, 1:]  # (B, V, D)
+        else:
+            head_input = gather_tokens(decoded, mimic_ids)  # (B, U, Dd)
+        out["mimicked"] = [head(head_input) for head in self.mimic_heads]  # each (B, V or U, Dt)
         return out
 
     def ask(self, teacher, images):
-        """A teacher's answer to our images, as `Teacher.features` gives it, on our grid."""
+        """What `Teacher.features` gives for our images, on our grid: {"tokens": (B, L, Dt), "saliency": (B,
+        L), or None without CLS}."""
         features = teacher.features(teacher.renormalize(images, self.mean, self.std))
         if teacher.grid == self.encoder.grid:
             return features
         return resize_features(features, teacher.grid, self.encoder.grid)
 
     def forward(self, images, mask=None, features=None):
-        """images (B, C, height, width) -> loss (), {"recon": (), "mimic": ()}; of two teachers also "mimic_1"
-        and "mimic_2", of which mimic is the mean."""
+        """images (B, C, height, width) -> loss (), {"mimic": (), and unless --recon-weight is 0 "recon": ()}.
+        With two teachers also "mimic_1" and "mimic_2", whose mean is "mimic"."""
         out = self.predict(images, mask, features)
 
-        # Eq. 2, for each teacher.
-        pairs = zip(out["mimicked"], out["features"])
-        mimics = [mimic_loss(mimicked, F_v) for mimicked, F_v in pairs]
+        # Eq. 2: L_M, the mean over the teachers.
+        mimics = [mimic_loss(*pair) for pair in zip(out["mimicked"], out["features"])]
         mimic = sum(mimics) / len(mimics)
-        loss = self.mimic_weight * mimic
         metrics = {"mimic": mimic.detach()}
 
-        # Eq. 1, and the sum of Sec. 4.1: .5 L_R + .5 L_M.
+        # Eq. 1: L_R. With --recon-weight 0 nothing predicts pixels.
+        recon = 0
         if self.recon_weight:
             recon = reconstruction_loss(out["pred"], out["target"], out["mask"])
-            loss = loss + self.recon_weight * recon
             metrics["recon"] = recon.detach()
 
-        # Log each of two teachers.
+        # Sec. 4.1: .5 L_R + .5 L_M.
+        loss = self.recon_weight * recon + self.mimic_weight * mimic
+
+        # With two teachers, log the mimic loss of each, too.
         if len(mimics) > 1:
             metrics |= {f"mimic_{i}": value.detach() for i, value in enumerate(mimics, start=1)}
         return loss, metrics
@@ -486,8 +499,7 @@ class MRMAE(MAE):
         """Image, the saliency of each teacher that has CLS (Sec. 3.3), visible patches and, unless
         --recon-weight is 0, the reconstruction: {title: (B, 3, height, width) in [0, 1]}.
 
-        Where CLS looks in the trained encoder, the point of Fig. 3, is the panel that train.render_panels
-        adds.
+        train.render_panels adds what Fig. 3 shows: where CLS looks in the encoder that is being trained.
         """
         out = self.predict(images)
         pictures = self.pictures(images, out)
@@ -502,8 +514,8 @@ class MRMAE(MAE):
         return {"image": image, **attention, **pictures}
 
     def export(self):
-        """What encoder.pt holds: the encoder without fusion, heads and decoder. "mean": a probe should read
-        the mean of the patches and not CLS, as fine-tuning does in MCMAE's code."""
+        """What encoder.pt holds: the encoder, without fusion, heads and decoder. Its feature is "mean": a
+        probe should read the mean of the patches and not CLS, as fine-tuning does in MCMAE's code."""
         return pack_encoder(self.encoder, "mrmae", "mean", self.mean, self.std)
 
     @staticmethod
@@ -554,12 +566,25 @@ class MRMAE(MAE):
 
 
 # ============================================================================================================
-# A first reading may stop here. What follows: the checks of flags, teachers by name and file, the names of
-# the authors' checkpoints, and where the paper is silent.
+# A first reading may stop here. What follows: MCMAE's parts, the checks of flags, teachers by name and file,
+# the names of the authors' checkpoints, and where the paper is silent.
 # ============================================================================================================
+def build_mcmae(args, class_token):
+    """Encoder and decoder of --stem conv, and for each of its two finer stages a convolution that brings the
+    stage's map to the token grid. (That is not the multi-layer fusion of Sec. 3.3.)"""
+    sizes = STEM_SIZES[args.size]
+    stem = {key: sizes[key] for key in ("widths", "depths", "mlp_ratios")}
+    encoder = build_encoder(args, mlp_ratio=sizes["mlp_ratio"], class_token=class_token, stem=stem)
+    decoder = build_decoder(args, encoder, mlp_ratio=sizes["decoder_mlp_ratio"])
+
+    # A patch holds 4 x 4 places of stage 1 and 2 x 2 of stage 2.
+    to_grid = [nn.Conv2d(width, args.width, k, stride=k) for width, k in zip(sizes["widths"], (4, 2))]
+    return encoder, decoder, nn.ModuleList(to_grid).to(memory_format=torch.channels_last)
+
+
 def fused_layers(asked, depth):
-    """--fuse-layers -> block numbers in order. None: four evenly spaced ones (fewer if depth < 4), the last
-    among them."""
+    """--fuse-layers -> the numbers of the blocks to sum, in order. By default (None) they are four evenly
+    spaced ones (fewer if depth < 4), the last among them."""
     if asked is None:
         return sorted({depth * i // 4 for i in (1, 2, 3, 4)} - {0})
     if max(asked) != depth or len(set(asked)) < len(asked):
@@ -601,7 +626,11 @@ URLS = {
 
 
 def open_teacher(word, grid):
-    """A word of --teacher -> Teacher, and a printed line that says what it is. grid: the student's."""
+    """One value of --teacher -> Teacher. Prints what it is. grid: the student's.
+
+    To mimic something else, write an nn.Module with the attributes `grid`, `width`, `num_prefix_tokens` (0:
+    it has no saliency) and `name` and with the methods `features` and `renormalize`, and return one here.
+    """
     # Find the file.
     kind, colon, path = word.partition(":")
     published = kind in URLS
@@ -663,12 +692,12 @@ def download(kind):
 
 
 def read_weights(kind, path, official):
-    """The state dict in a file of "clip" or "dino". Nothing from an unknown hand is executed.
+    """The state dict in a file of "clip" or "dino", of which no unknown code is run.
 
     OpenAI's archive of CLIP is a TorchScript file, which can hold code: it is opened only if its hash is
-    right. Every other file must be a plain state dict. official: of CLIP that archive and nothing else.
+    right. Every other file must be a plain state dict. official: accept only OpenAI's own archive of CLIP.
     """
-    if kind == "dino":  # whose authors publish no hash
+    if kind == "dino":  # its authors publish no hash to compare with
         return load_file(path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -687,7 +716,7 @@ def read_weights(kind, path, official):
 
 
 def vit_of(weights, heads):
-    """An untrained ViT of the shape of these weights, by our names.
+    """A new ViT with the shape of these weights, which have our names.
 
     heads: None is width // 64, as in CLIP and DINO.
     """
@@ -713,7 +742,7 @@ def make_clip(vit):
 
 
 def clip_visual(state_dict, heads=None):
-    """CLIP's names (OpenAI's, fp16 or fp32, of the whole model or of its visual tower) -> Teacher.
+    """OpenAI's weights of CLIP (of the whole model or of its visual tower, fp16 or fp32) -> Teacher.
 
     Its projection, which is for CLS, is not used. heads: see `vit_of`.
     """
@@ -752,7 +781,8 @@ def clip_visual(state_dict, heads=None):
 
 
 def dino_positions(table, old_grid, new_grid):
-    """DINO's rule for another image size: by factors (new + .1) / old, which is not quite the new size.
+    """How DINO resizes its position table: by the factors (new + .1) / old. The .1 keeps the result from
+    being rounded down to a smaller grid, and moves the sampling points a little.
 
     In our training a teacher gets images of its own size and does not need it.
     """
@@ -761,7 +791,7 @@ def dino_positions(table, old_grid, new_grid):
 
 
 def dino(state_dict, heads=None):
-    """DINO's names (of its backbone, or a full checkpoint, of which the teacher is taken) -> Teacher.
+    """DINO's weights (of its backbone, or a full checkpoint, of which the teacher is taken) -> Teacher.
 
     heads: see `vit_of`.
     """

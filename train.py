@@ -7,12 +7,22 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> **train*
     torchrun --nproc_per_node=8 train.py --method mixedae ...          # the same lines, 8 processes
     python train.py --method mixedae -h                                # a method's flags and their defaults
 
-`train_loop` is what to read first; finetune.py and dense.py run the same one. A run lives in its folder
-(--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt, pictures/. The same command
-again resumes it; on CPU, with the same number of processes, the result is bit for bit that of a run never
-stopped. (On CUDA the order, the augmentation and the masks are the same, but some kernels add in an order
-that varies.) Exit codes: 0 finished (or finished already), 1 failed while running, 2 a mistake in flags or
-files, 128 + n saved after signal n.
+How the functions call each other (finetune.py and dense.py come in at `run_loop`):
+
+    main -> run_program -> pretrain -> open_sets, build_run      the images; model, optimizer and DDP in a Run
+                                    -> run_loop -> resume        go on from checkpoint.pt, if there is one
+                                                -> train_loop    **read this first**
+    train_loop, in each step:  next(stream)        a batch
+                               forward_backward    calls the method's `forward`; the gradients
+                               scaler.step         the optimizer's update
+                               save                now and then: encoder.pt and checkpoint.pt
+                               write_row           now and then: calls test_pretraining, writes the log
+
+A run lives in its folder (--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt,
+pictures/. The same command again resumes it; on CPU, with the same number of processes, the result is bit for
+bit that of a run that was never stopped. (On CUDA the order, the augmentation and the masks are the same, but
+some kernels add in an order that varies.) Exit codes: 0 finished (or finished already), 1 failed while
+running, 2 a mistake in flags or files, 128 + n saved after signal n.
 """
 
 import argparse
@@ -26,6 +36,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +61,7 @@ from data import (
     add_data_args,
     available_cores,
     center_crop,
+    check_data_args,
     curves,
     decode,
     fixed_images,
@@ -93,9 +105,9 @@ from vit import (
 #     add_args(parser)             static: its flags
 #     __init__(args)
 #     forward(images)              normalised images (B, 3, height, width) -> loss (), {name: ()} detached
-# and, if it likes,
+# Optional:
 #     visualize(images)            -> {title: pictures (b, 3, height, width) in [0, 1]}
-#     numbers(images)              -> {name: number, or a list with one a layer}, for a log row
+#     numbers(images)              -> {name: number, or a list with one number per layer}, for a log row
 #     export()                     -> what encoder.pt holds, if it is not the encoder as it is
 #     sizes                        named sizes of its own, like vit.SIZES
 #     export_file                  the name of what it exports, if it trains no encoder
@@ -103,9 +115,8 @@ from vit import (
 METHODS = {"mae": MAE, "mrmae": MRMAE, "mixedae": MixedAE, "cae": CAE, "dvae": DVAE}
 
 LAPTOP_LR = 2e-3  # ours, for the micro model and a global batch B' of 32; the papers scale --blr with B'
-BAD_STEPS = 10  # ours: as many steps in a row that are not finite stop the run
+BAD_STEPS = 10  # ours: this many steps in a row whose loss or gradient is not finite end the run
 SAVE_SECONDS = 600  # ours: a run is saved at least this often
-PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that --benchmark compares with
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,22 +124,22 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that --bench
 # ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """What the loop works on."""
+    """What the loop works on. B' = batch size x processes x --accumulate is the global batch."""
 
     args: argparse.Namespace
     device: torch.device
-    batches: ResumableBatchSampler  # knows the global batch B', the steps of an epoch and of the run
+    batches: ResumableBatchSampler  # knows B', and how many steps an epoch and the run have
     model: torch.nn.Module  # the method itself
     ddp: DistributedDataParallel  # the same, wrapped
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does nothing but under fp16
-    lr: float  # the peak of the schedule
-    min_lr: float  # its end
+    scaler: torch.amp.GradScaler  # does nothing except under fp16
+    lr: float  # the highest learning rate of the schedule
+    min_lr: float  # the last one
     schedule: Callable  # (epoch, lr, warm-up epochs, epochs, min_lr) -> learning rate
-    prepare: Callable  # (images, labels) on the device -> what the model is called with
+    prepare: Callable  # (images, labels) on the device -> arguments of model.forward: here normalised images
     export: Callable  # () -> {file name: content}: what is saved beside the checkpoint
-    dataset: dict  # {"images": how many, "classes": their names}: what must not change under a run
-    folder: RunFolder | None = None  # on rank 0
+    dataset: dict  # {"images": how many, "classes": their names}: what must stay the same in a resumed run
+    folder: RunFolder | None = None  # None on all processes but rank 0, which alone writes
     state: dict = field(
         default_factory=lambda: dict(
             step=0,  # steps done
@@ -144,21 +155,26 @@ def train_loop(run, dataset, test):
     """Train from step run.state["step"] to the end of the run -> exit code.
 
     dataset: dataset[epoch, i] is a sample, as in data.TrainDataset. test(run, epoch_ends) returns numbers for
-    the log row; all processes call it before each row. Where the step is saved, as at each epoch's end, the
-    test runs after the save. An error in it then loses no training: the next start repeats the test and goes
-    on.
+    the log row; all processes call it before each row. At an epoch's end the checkpoint is saved before the
+    test, so that a test that fails loses no training: the next start repeats it.
     """
     args, batches, state = run.args, run.batches, run.state
     last_step = min(batches.steps, args.max_steps or batches.steps)
-
-    # What this process knows by itself: the signals it got, the error of its loader, its broken images.
-    signals, loader_error, broken = [], None, BrokenImages()
-    # What all processes agree on: to leave, that a loader failed, that the last save was good.
-    stopping, failed, good = False, False, True
-    bad_in_row, saved_at = 0, time.perf_counter()  # steps not finite in a row, time of the last save
     something_to_do = state["row_due"] or state["step"] < last_step
 
-    # Write the log row that a stop left unwritten after the last save.
+    # What this process alone knows: the signals it got, an error of its loader, its broken images.
+    signals = []
+    loader_error = None
+    broken = BrokenImages()
+
+    # What all processes agree on after each step.
+    agreed = {"loader_failed": False, "too_many_broken": False, "stop": False, "save": False}
+    loss_is_finite = True  # with the weights of the last save
+
+    bad_in_row = 0  # steps in a row whose loss or gradient was not finite
+    saved_at = time.perf_counter()
+
+    # Write the log row (`row_due` in Run) that a stop left unwritten after the last save.
     if state["row_due"]:
         write_row(run, test)
 
@@ -168,10 +184,9 @@ def train_loop(run, dataset, test):
         stream = load_batches(dataset, batches, args.workers, run.device.type == "cuda")
 
         while state["step"] < last_step:
-            # Fetch the micro-batches; `broken.count` counts broken images and returns (images, labels). If
-            # the loader fails, run this step on the micro-batches of the step before: the other processes
-            # wait for our gradients. All then learn of the failure from the votes below, and nobody updates
-            # its weights.
+            # Fetch the micro-batches of this step; `broken` notes which of their images are broken. If the
+            # loader fails, run the step on the micro-batches of the step before, because the other processes
+            # wait for our gradients. All learn of the failure below, and nobody updates its weights.
             started = time.perf_counter()
             try:
                 fetched = [broken.count(*next(stream)) for _ in range(args.accumulate)]
@@ -183,32 +198,40 @@ def train_loop(run, dataset, test):
             waited = time.perf_counter() - started
 
             # Set the learning rate; fine-tuning scales it layer by layer.
-            epoch = state["step"] / batches.steps_per_epoch
+            epoch = state["step"] / batches.steps_per_epoch  # a fraction
             lr = run.schedule(epoch, run.lr, args.warmup_epochs, args.epochs, run.min_lr)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
 
-            # Run forward and backward. Average the values over the processes; what each process wants to
-            # happen travels with them, because all must decide alike.
+            # Run forward and backward.
             values = forward_backward(run, micro_batches, state["step"])
-            save_is_late = run.folder is not None and time.perf_counter() - saved_at > SAVE_SECONDS
-            want_stop = bool(signals) or broken.too_many
-            votes = {"failed": loader_error is not None, "stop": want_stop, "save": save_is_late}
-            values = mean_over_processes({**values, **votes}, run.device)
-            failed, stopping, save_now = (values.pop(name) > 0 for name in votes)
-            if failed:
+
+            # Average the values over the processes. What each process knows alone travels with them, because
+            # all must do the same: if it is true on one process, its average is above 0 on all.
+            known = {
+                "loader_failed": loader_error is not None,
+                "too_many_broken": broken.too_many,
+                "stop": bool(signals),
+                "save": run.folder is not None and time.perf_counter() - saved_at > SAVE_SECONDS,
+            }
+            values = mean_over_processes({**values, **known}, run.device)
+            agreed = {name: values.pop(name) > 0 for name in known}
+            if agreed["loader_failed"]:
                 break
 
-            # Update the weights, unless the loss or a gradient is not finite. Under fp16 the scaler skips
-            # such a step by itself and halves its loss scale. While that scale is at least 1 the scaler is
-            # still searching for one that fits, and an overflow is normal: the step counts as skipped, but
-            # not as one of the BAD_STEPS in a row that end the run.
+            # Update the weights, unless the loss or a gradient is not finite. (`scaler.step` calls
+            # `optimizer.step`, except that under fp16 it skips such a step by itself and halves its loss
+            # scale. While that scale is at least 1, overflows are a normal part of its search for one that
+            # fits: such a step counts as skipped, but not as one of the BAD_STEPS in a row.)
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if finite or run.scaler.is_enabled():
                 run.scaler.step(run.optimizer)
                 run.scaler.update()
             searching = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
-            bad_in_row = 0 if finite or searching else bad_in_row + 1
+            if finite or searching:
+                bad_in_row = 0
+            else:
+                bad_in_row += 1
             if bad_in_row == BAD_STEPS:
                 raise UserError(
                     f"{BAD_STEPS} steps in a row, up to step {state['step'] + 1}, had a loss or gradient "
@@ -219,10 +242,11 @@ def train_loop(run, dataset, test):
 
             # Count the step, and add its values to the log row.
             state["step"] += 1
-            state["skipped"] += not finite
             added = {"steps": 1, "seconds": time.perf_counter() - started, "waited": waited}
             if finite:
                 added |= {"finite": 1, **values}
+            else:
+                state["skipped"] += 1
             for name, value in added.items():
                 state["sums"][name] = state["sums"].get(name, 0.0) + value
             epoch_ends = state["step"] % batches.steps_per_epoch == 0
@@ -231,9 +255,11 @@ def train_loop(run, dataset, test):
 
             # Save if it is time to. `save` first tries the new weights on a micro-batch and writes nothing if
             # the loss is not finite. Once it has written, nothing that follows can lose the steps done.
+            stopping = agreed["stop"] or agreed["too_many_broken"]
+            ends = epoch_ends or stopping or state["step"] == last_step
             at_interval = args.save_every and state["step"] % args.save_every == 0
-            if save_now or at_interval or epoch_ends or stopping or state["step"] == last_step:
-                good = save(run, micro_batches[0])
+            if ends or at_interval or agreed["save"]:
+                loss_is_finite = save(run, micro_batches[0])
                 saved_at = time.perf_counter()
             if stopping:
                 break
@@ -248,64 +274,81 @@ def train_loop(run, dataset, test):
 
     # After a failed loader, save the steps done since the last save. At a normal end, save once more: the
     # checkpoint must know that its last log row has been written, or the next start would write it again.
-    if failed:
-        good = save(run, micro_batches[0])
-    elif something_to_do and good and not stopping:
+    finished = state["step"] == last_step and not state["row_due"]
+    if agreed["loader_failed"]:
+        loss_is_finite = save(run, micro_batches[0])
+    elif finished and something_to_do and loss_is_finite:
         save(run)
 
-    # Say how it ended.
-    done = f"step {state['step']} of {batches.steps}"
+    if broken.too_many:
+        return end_of_run(run, agreed, signals, broken.error(), loss_is_finite)
+    return end_of_run(run, agreed, signals, loader_error, loss_is_finite)
+
+
+def end_of_run(run, agreed, signals, own_error, loss_is_finite):
+    """Say how the run ended -> exit code, or raise the error that ended it. All processes come to the same
+    decision, so that none of them waits for another.
+
+    own_error: what ended the run and is known to this process alone, or None. The rest as in `train_loop`.
+    """
+    state, steps, out = run.state, run.batches.steps, run.args.out
+    done = f"step {state['step']} of {steps}"
     if state["skipped"]:
         print_rank0(
             f"{state['skipped']} of {state['step']} steps were skipped: their loss or gradient was not finite"
         )
-    if loader_error is not None:
-        raise loader_error
-    if failed:
-        raise UserError("the loader of another process failed; its message says why", code=1)
-    if broken.too_many:
-        raise broken.error()
+
+    # Raise the errors that ended the run.
+    if own_error is not None:
+        raise own_error
+    if agreed["loader_failed"] or agreed["too_many_broken"]:
+        raise UserError("another process could not read its images; its message says why", code=1)
     all_skipped = state["step"] > 0 and state["skipped"] == state["step"]  # not one step was finite
-    if not good or all_skipped:
+    if not loss_is_finite or all_skipped:
         raise UserError(
             f"the loss is not finite after {done}; the last good checkpoint, if there is one, stays in "
-            f"{args.out}; try a lower learning rate (now {run.lr:g})",
+            f"{out}; try a lower learning rate (now {run.lr:g})",
             code=1,
         )
-    if state["step"] < batches.steps:
-        limit = ", with a larger --max-steps or none" if state["step"] == args.max_steps else ""
+
+    # Say that it is not finished, and choose the exit code.
+    if state["step"] < steps:
+        limit = ", with a larger --max-steps or none" if state["step"] == run.args.max_steps else ""
         print_rank0(
-            f"stopped after {done}; {args.out} holds the last checkpoint; the same command resumes from it"
-            f"{limit}"
+            f"stopped after {done}; {out} holds the last checkpoint; the same command resumes from it{limit}"
         )
     save_failed = run.folder is not None and run.folder.failed
     if mean_over_processes({"failed": save_failed}, run.device)["failed"]:
         return 1
-    if stopping:  # where another process got the signal, its number is not known here
-        return 128 + (signals[0] if signals else signal.SIGTERM)
+    if agreed["stop"]:
+        number = signals[0] if signals else signal.SIGTERM  # another process got it; its number is not known
+        return 128 + number
     return 0
 
 
 def forward_backward(run, micro_batches, step):
-    """Gradients of one step from its micro-batches -> {"loss": (), each loss term: (), "grad_norm": ()}."""
+    """Compute the gradients of one step -> {"loss": (), each loss term: (), "grad_norm": ()}, the means over
+    the micro-batches."""
     run.optimizer.zero_grad()
     values = {}
     for i, (images, labels) in enumerate(micro_batches):
         # Seed the draws of this micro-step: masks, mixing, drop path, MixUp.
         seed_torch(run.args.seed, "step", step, i, dist.get_rank())
 
-        # Exchange gradients between processes in the last backward pass alone.
+        # Run the method's `forward` on the normalised images: the loss, and its terms for the log. DDP
+        # averages the gradients over the processes in the last backward pass of the step alone.
         last = i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else run.ddp.no_sync():
+        exchange = contextlib.nullcontext() if last else run.ddp.no_sync()
+        with exchange:
             with autocast(run.args, run.device):
                 loss, terms = run.ddp(*run.prepare(images, labels))
             run.scaler.scale(loss / len(micro_batches)).backward()
 
-        # Average the values over the micro-batches.
+        # Add this micro-batch's share to the means.
         for name, value in {"loss": loss.detach(), **terms}.items():
             values[name] = values.get(name, 0) + value / len(micro_batches)
 
-    # Measure the gradient, which DDP has averaged, and clip it if asked to.
+    # Measure the norm of the gradient, which DDP has averaged, and clip it with --clip-grad.
     run.scaler.unscale_(run.optimizer)
     trained = [p for p in run.model.parameters() if p.grad is not None]
     values["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in trained])
@@ -315,7 +358,7 @@ def forward_backward(run, micro_batches, step):
 
 
 def mean_over_processes(values, device):
-    """{name: () tensor or number} -> {name: float}, averaged. A NaN in one process shows in all of them."""
+    """{name: () tensor or number} -> {name: float}, averaged. A NaN in one process is one in all of them."""
     vector = torch.stack(
         [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
     )
@@ -330,8 +373,8 @@ def save(run, micro_batch=None):
     micro_batch: what the loss is computed on, with the masks of the step just done; None: the weights were
     tried before. If a write fails, the old file stays, and training goes on after a warning.
     """
-    # Ask on all processes whether the loss is finite with these weights. (The step's own loss was that of the
-    # weights before it.)
+    # The step's own loss was that of the weights before its update. So compute the loss once more, with the
+    # new ones, on all processes.
     if micro_batch is not None:
         run.model.eval()
         seed_torch(run.args.seed, "step", run.state["step"] - 1, 0, dist.get_rank())  # as that step did
@@ -347,8 +390,8 @@ def save(run, micro_batch=None):
     if not run.folder:
         return True
 
-    # Write encoder.pt first. If the process is killed before checkpoint.pt, a resume repeats the last steps
-    # and rewrites both.
+    # Write encoder.pt first. If the process is killed before it has written checkpoint.pt, a resume repeats
+    # the last steps and writes both again.
     saved = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -369,8 +412,8 @@ def save(run, micro_batch=None):
 
 
 def write_row(run, test):
-    """Test, and write the log row of the steps since the last one -> the row. A failure here, a user's
-    mistake that shows only in the test or a full disk, ends the run with code 1."""
+    """Test, and write the log row of the steps since the last one -> the row. If that fails with a UserError,
+    such as a full disk, the run ends with code 1."""
     state, steps_per_epoch = run.state, run.batches.steps_per_epoch
     epoch_ends = state["step"] % steps_per_epoch == 0
     try:
@@ -398,9 +441,12 @@ def write_row(run, test):
             chart = curves([run.folder.path])
             if chart:
                 run.folder.write_picture("curves.png", chart)
-            shown = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)]
-            # Without `epoch`, which stands in front.
-            tqdm.write(f"epoch {round(row['epoch'])}/{run.args.epochs}: {', '.join(shown[1:])}")
+            shown = [
+                f"{name} {value:.4g}"
+                for name, value in row.items()
+                if isinstance(value, float) and name != "epoch"
+            ]
+            tqdm.write(f"epoch {round(row['epoch'])}/{run.args.epochs}: {', '.join(shown)}")
     except UserError as error:
         error.code = 1
         raise
@@ -411,8 +457,8 @@ def write_row(run, test):
 
 @contextlib.contextmanager
 def stop_signals(signals):
-    """Ctrl-C, SIGTERM and SIGHUP are only noted in the list `signals`; the loop finishes its step, saves and
-    leaves. A second Ctrl-C leaves at once. A hang-up that is ignored already (nohup) stays so."""
+    """Ctrl-C, SIGTERM and SIGHUP are only noted in the list `signals`: the loop finishes its step, saves and
+    leaves. A second Ctrl-C leaves at once. Under nohup, which ignores SIGHUP, it stays ignored."""
 
     def note(number, frame):
         if number == signal.SIGINT and number in signals:
@@ -429,13 +475,13 @@ def stop_signals(signals):
 
 
 def warn(run, message):
-    """A warning, once, without breaking the progress bar."""
+    """Print a warning on rank 0 without breaking the progress bar."""
     if run.folder:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def to_device(batch, device):
-    """A tensor, or lists, tuples and dicts of tensors (objects, for detection), moved."""
+    """Move a tensor, or lists, tuples and dicts of tensors (objects, for detection), to the device."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -444,8 +490,7 @@ def to_device(batch, device):
 
 
 def peak_memory_mb(device, restart=False):
-    """Peak memory of the card, or of this process on CPU.
-    restart: forget it and start from what is in use now."""
+    """Peak memory of the card, or of this process on CPU; restart: measure from now on."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats()
@@ -470,12 +515,16 @@ def lr_at(epoch, lr, warmup_epochs, epochs, min_lr=0.0):
 
 
 def build_optimizer(model, args):
-    """Fused AdamW; no weight decay on biases and one-dimensional parameters (MAE's rule: tokens do decay,
-    frozen tables are out)."""
+    """Fused AdamW. As in MAE, biases and one-dimensional parameters have no weight decay; CLS and [MASK] do,
+    because they have three dimensions."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim == 1 or name.endswith(".bias") else decayed).append(p)
+        if not p.requires_grad:  # a frozen position table
+            continue
+        if p.ndim == 1 or name.endswith(".bias"):
+            plain.append(p)
+        else:
+            decayed.append(p)
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=True)
 
@@ -488,22 +537,23 @@ def amp_dtype(args, device):
 
 
 def autocast(args, device):
+    """Matrix products in the dtype of --precision; does nothing for fp32."""
     dtype = amp_dtype(args, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @contextlib.contextmanager
 def inference(args, device):
-    """For testing and pictures: autocast as in training, but without torch.compile, whose limit of graphs is
-    for the training step."""
+    """For tests and pictures: autocast as in training, but without gradients and without torch.compile, which
+    allows a limited number of graphs; the training step needs them."""
     eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
     with torch.no_grad(), autocast(args, device), eager:
         yield
 
 
 def wrap_ddp(model, args, device, example):
-    """DDP around the model, for one process too, so that there is one path. Applies --compile and
-    --recompute. example: what the model is called with."""
+    """DDP around the model, also for a single process, so that all runs take the same path. Applies --compile
+    and --recompute. example: what the model is called with."""
     blocks = all_blocks(model)
     for block in blocks:
         block.recompute = args.recompute
@@ -512,11 +562,13 @@ def wrap_ddp(model, args, device, example):
             torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
             block.compile(dynamic=False)  # in place: the names in the state dict stay
     device_ids = [device.index] if device.type == "cuda" else None
+    # A gradient of shape (1, 1, D) may have other strides than DDP's bucket, which changes no number.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    # DDP regroups its gradient buckets after the first backward pass. The new order of summation would make a
-    # resumed run differ bitwise, so trigger it now with a throwaway step. (Buffers go back: a BatchNorm would
-    # remember it.)
+    # After its first backward pass DDP regroups the buckets of gradients, which changes the order of sums: a
+    # resumed run would not be bitwise equal. So trigger it now by a step that is thrown away. (Put the
+    # buffers back, because a BatchNorm would keep that step's statistics.)
     if dist.get_world_size() > 1:
         buffers = [buffer.clone() for buffer in model.buffers()]
         with autocast(args, device):
@@ -532,8 +584,8 @@ def wrap_ddp(model, args, device, example):
 # Starting a run, and starting it again
 # ------------------------------------------------------------------------------------------------------------
 def create_run(args, device, model, optimizer, example, dataset, laptop_lr, **fields):
-    """A run at its start. example: what the model is called with; dataset: see Run; laptop_lr: the rate where
-    neither --lr nor --blr is given; fields: the other fields of Run."""
+    """Make a run at its start. example: what the model is called with; dataset: see Run; laptop_lr: the rate
+    where neither --lr nor --blr is given; fields: the other fields of Run."""
     world = dist.get_world_size()
     batches = ResumableBatchSampler(
         dataset["images"], args.batch_size, args.accumulate, dist.get_rank(), world, args.seed, args.epochs
@@ -570,7 +622,7 @@ def build_run(args, dataset, device):
     # Say what it is called with, and what is saved of it.
     example = [torch.zeros(args.batch_size, 3, *args.image_size, device=device)]
 
-    def prepare(images, labels):
+    def prepare(images, labels):  # pre-training needs no labels
         return (normalize(images, args.mean, args.std),)
 
     def export():
@@ -580,10 +632,10 @@ def build_run(args, dataset, device):
         args,
         device,
         model,
-        build_optimizer(model, args),
-        example,
-        dataset,
-        LAPTOP_LR,
+        optimizer=build_optimizer(model, args),
+        example=example,
+        dataset=dataset,
+        laptop_lr=LAPTOP_LR,
         prepare=prepare,
         export=export,
         min_lr=args.min_lr,
@@ -604,7 +656,8 @@ def load_checkpoint(path, args):
     saved = load_file(path)
 
     # Check that it is whole, and of this method.
-    keys = set("model optimizer scaler args global_batch dataset steps step sums row_due".split())
+    names = "model optimizer scaler args global_batch dataset steps step sums row_due"
+    keys = set(names.split())
     if not isinstance(saved, dict) or not keys <= saved.keys():
         raise UserError(
             f"{path}: not a checkpoint of this version of train.py; move it away or choose another --out"
@@ -656,7 +709,8 @@ def resume(run):
             f"has {new['images']}{classes}; bring it back, or choose another --out for a new run"
         )
 
-    # Load. Fused AdamW would write beyond the end of a state that is too small.
+    # Load the weights and the optimizer. Check the shapes of the optimizer's states, which torch does not:
+    # fused AdamW would write beyond the end of a state that is too small.
     try:
         load_strictly(run.model, saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
@@ -678,8 +732,8 @@ def resume(run):
 
 
 def run_loop(run, argv, header, dataset, test):
-    """Go on with the run if it was begun, say what is about to happen, train -> exit code."""
-    # Take the folder, not earlier: a start that fails before this leaves none behind.
+    """Resume the run if it was begun, say what is about to happen, train -> exit code."""
+    # Take the folder. Not earlier, so that a start that fails before this leaves no folder behind.
     if dist.get_rank() == 0 and run.folder is None:
         run.folder = RunFolder(run.args.out)
     resume(run)
@@ -687,9 +741,12 @@ def run_loop(run, argv, header, dataset, test):
     args, batches, state, world = run.args, run.batches, run.state, dist.get_world_size()
     if run.folder and (state["step"] < batches.steps or state["row_due"]):
         run.folder.write_args(args, argv)
-        run.folder.cut_log(state["step"] - state["row_due"])
 
-        # Print the numbers that users ask for first.
+        # Drop log rows of steps after the checkpoint, and a row that `train_loop` is about to write again.
+        last_row = state["step"] - 1 if state["row_due"] else state["step"]
+        run.folder.cut_log(last_row)
+
+        # Print what shapes the run: its size, precision, batch, learning rate and steps.
         parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
         precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
         rule = "our default"
@@ -735,7 +792,7 @@ def load_weights(model, path):
 
 
 def local_rank0_first(args, open_them):
-    """open_them(); with --download one process of each machine goes first."""
+    """Call open_them(). With --download one process of each machine goes first; the others wait for it."""
     later = args.download and int(os.environ.get("LOCAL_RANK", 0)) > 0
     if later:
         dist.barrier()
@@ -756,20 +813,16 @@ def pretrain(args, argv, device):
     if args.init and not (Path(args.out) / "checkpoint.pt").exists():
         print_rank0(f"--init {args.init}: fills {load_weights(run.model, args.init)}")
 
-    # Choose the images of the loss on held-out data, of the numbers and of the pictures: always the same.
+    # Choose the images for val_loss, for `numbers` and for the pictures. They are the same at every epoch.
     held_out = val_set is not None and min(len(val_set), args.val_images) >= args.batch_size
     chosen, count = (val_set, args.val_images) if held_out else (train_set, 64)
     images, masks = fixed_images(chosen, args.image_size, count)
-    grey = int((images == images[:, :1]).flatten(1).all(dim=1).sum())
-    if grey and (len(set(args.mean)) > 1 or len(set(args.std)) > 1):
-        print_rank0(
-            f"note: {grey} of {len(images)} sampled images are grey; with a mean and deviation a channel "
-            f"they are no longer so once normalised. In a grey set --mean .5 .5 .5 --std .25 .25 .25 "
-            f"keeps them grey"
-        )
+    note_grey(images, args)
 
     # Train.
-    val = f"val_loss on {len(images)} images" if held_out else "no val set of a batch or more, so no val_loss"
+    val = "no val set of a batch or more, so no val_loss"
+    if held_out:
+        val = f"val_loss on {len(images) // args.batch_size * args.batch_size} images"
     header = f"{args.method} on {args.data}: {len(train_set)} images, {val}"
     samples = TrainDataset(train_set, train_transform(args), args.seed)
     test = partial(test_pretraining, images=images, masks=masks, held_out=held_out)
@@ -793,6 +846,17 @@ def pretrain(args, argv, device):
     return code
 
 
+def note_grey(images, args):
+    """Grey images are no longer grey once each channel is normalised by a mean and deviation of its own."""
+    grey = int((images == images[:, :1]).flatten(1).all(dim=1).sum())
+    if grey and (len(set(args.mean)) > 1 or len(set(args.std)) > 1):
+        print_rank0(
+            f"note: {grey} of {len(images)} sampled images are grey; with a mean and deviation per channel "
+            f"they are no longer so once normalised. In a grey set --mean .5 .5 .5 --std .25 .25 .25 "
+            f"keeps them grey"
+        )
+
+
 def test_pretraining(run, epoch_ends, images, masks, held_out):
     """The numbers of a log row; at an epoch's end also val_loss, the pictures, and on `shapes` the object
     awareness.
@@ -800,7 +864,7 @@ def test_pretraining(run, epoch_ends, images, masks, held_out):
     images: uint8, the same each time; masks: of the objects in them, or None; held_out: whether they are of a
     val set.
     """
-    # Measure the loss on held-out data, on all processes; the rest is rank 0's.
+    # Measure the loss on held-out data, on all processes. Rank 0 alone does the rest.
     args, model, numbers = run.args, run.model, {}
     if epoch_ends and held_out:
         numbers["val_loss"] = evaluate(run, images)
@@ -835,8 +899,9 @@ def evaluate(run, images):
     run.model.eval()
     for j in range(dist.get_rank(), len(images) // size, dist.get_world_size()):
         seed_torch(run.args.seed, "val", j)
+        batch = images[j * size : (j + 1) * size].to(run.device)
         with inference(run.args, run.device):
-            loss, _ = run.model(*run.prepare(images[j * size :][:size].to(run.device), None))
+            loss, _ = run.model(*run.prepare(batch, None))
         losses.append(loss.float())
     run.model.train()
     means = mean_over_processes({"sum": sum(losses), "count": len(losses)}, run.device)
@@ -854,7 +919,7 @@ def exported_attention(model, args, images, device):
 
 
 def render_panels(model, args, images, device):
-    """The method's pictures of uint8 images (B, 3, height, width), and as one more where CLS looks in the
+    """Draw the method's pictures of uint8 images (B, 3, height, width), and one more: where CLS looks in the
     encoder that transfers -> {title: pictures (b, 3, height, width) in [0, 1]}. The model is in eval mode."""
     panels = {}
     if hasattr(model, "visualize"):
@@ -871,6 +936,13 @@ def render_panels(model, args, images, device):
 # ============================================================================================================
 # A first reading may stop here. What follows: flags, processes, --draw, --benchmark.
 # ============================================================================================================
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """-h with the defaults of flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({self.prog} -h lists the flags)")
@@ -882,27 +954,29 @@ def first_phase(program, flag, choices, default, what, argv):
     first = Parser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument(f"--{flag}", choices=choices, default=default, help=what)
     value = getattr(first.parse_known_args(argv)[0], flag)
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    return value, Parser(
-        prog=f"{program} --{flag} {value}", parents=[first], allow_abbrev=False, formatter_class=shown
-    )
+    prog = f"{program} --{flag} {value}"
+    return value, Parser(prog=prog, parents=[first], allow_abbrev=False, formatter_class=Help)
 
 
 def share_of_batch(images, multiple=1):
-    """Our default batch of so many images, shared out over the processes: so the default command does on 8
-    what it does on one. multiple: each process gets one of these at least."""
+    """Divide our default batch of so many images among the processes: thus the default command trains on 8 as
+    it does on one. Each process gets at least `multiple` images, and a multiple of it."""
     return multiple * max(1, images // multiple // int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def add_run_args(parser):
     """The flags of any run, pre-training or not."""
     add = parser.add_argument_group("training").add_argument
-    add("--out", help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA]")
+    add(
+        "--out",
+        help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA; dense.py: "
+        "runs/METHOD-TASK-DATA; with --evaluate runs/evaluate]",
+    )
     add(
         "--epochs",
         type=positive_int,
         default=3,
-        help="passes over the set (ours; the papers have 300 to 1600)",
+        help="passes over the set (ours; the papers pre-train for 200 to 1600)",
     )
     add(
         "--max-steps",
@@ -912,13 +986,14 @@ def add_run_args(parser):
     add(
         "--warmup-epochs",
         type=natural_float,
-        help="linear warm-up, then the schedule [1, but at most a third of the run; MAE, MixedAE: 40]",
+        help="linear warm-up, then the schedule [1, probes 10, dense.py a tenth of the run; at most a third "
+        "of it. MAE, MixedAE: 40]",
     )
     add(
         "--batch-size",
         type=positive_int,
         default=share_of_batch(32, multiple=4),
-        help="images per process and micro-step (ours: 32 in all)",
+        help="images per process and micro-step (ours; by default shared out over the processes)",
     )
     add(
         "--accumulate",
@@ -994,10 +1069,11 @@ def add_run_args(parser):
 
 
 def parse_args(argv=None, base=()):
-    """Flags -> args with every size explicit. Two phases, --method first, because each method adds flags and
+    """Flags -> args with every size explicit. --method is read first, because each method adds flags and
     defaults of its own.
 
-    base: an earlier command whose flags are taken over where this method knows them (--benchmark).
+    base: for --benchmark, the flags of another command; they count where this method knows them and argv does
+    not give them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     method, parser = first_phase("train.py", "method", METHODS, "mixedae", "what to train", argv)
@@ -1055,18 +1131,18 @@ def parse_args(argv=None, base=()):
         help="draw pictures of these images with the run in --out, and stop",
     )
     add_data_args(parser)
-    has_vit = not hasattr(METHODS[method], "export_file")
+    has_vit = not hasattr(METHODS[method], "export_file")  # a tokenizer has none
     add_size_args(parser, encoder=has_vit, decoder=has_vit)
     METHODS[method].add_args(parser)
 
     # Parse, and make explicit what was not given.
-    args = parser.parse_args(argv, parser.parse_known_args(base)[0])
+    from_base = parser.parse_known_args(base)[0]
+    args = parser.parse_args(argv, from_base)
     args.out = args.out or f"runs/{method}"
     resolve_warmup(args, most=1)
     if args.init == "":
         parser.error("--init: an empty name; give a file of weights, or leave the flag out")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
-        parser.error(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: needs 0 < MIN <= MAX <= 1")
+    check_data_args(parser, args)
     resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))
     return args
 
@@ -1129,7 +1205,8 @@ class SafeStream:
 
 def protect_output():
     """Let nothing that happens to stdout and stderr stop the program."""
-    # A closed stream would lend its number to the next file that is opened, and messages would land in that.
+    # The number of a closed stream is given to the next file that is opened, and messages would land in that
+    # file. So open the null device in its place.
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -1140,8 +1217,8 @@ def protect_output():
 
 
 def run_program(name, argv, parse, program):
-    """program(args, argv, device) -> exit code, between joining the processes and leaving them. Raises
-    SystemExit for every exit code but 0."""
+    """Parse the flags, join the other processes, call program(args, argv, device) -> exit code, and leave the
+    others. Raises SystemExit for every exit code but 0."""
     if argv is None:
         argv = sys.argv[1:]
         protect_output()
@@ -1153,14 +1230,14 @@ def run_program(name, argv, parse, program):
     except UserError as error:
         code = error.code
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(15)  # most mistakes are the same everywhere: let rank 0 say its line
+            time.sleep(15)  # most mistakes are the same everywhere: let rank 0 print its line and end first
         print(f"{name}: {error}", file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
         code = 1
     finally:
-        # What an error's frames still hold must go before the process group, or gloo aborts now and then: the
-        # DDP module; and the loader, or its processes, which ignore signals, would keep this one from ending.
+        # Free what the traceback of an error still holds. The DDP module must be gone before the process
+        # group is, or gloo may abort; the loader too, or its processes would keep this one from ending.
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1197,12 +1274,16 @@ def draw(args, argv, device):
         )
     path = folder / "pictures" / f"draw-{Path(args.draw[0]).stem}.png"
     try:
-        path.parent.mkdir(exist_ok=True)
-        picture_sheet(panels).save(path)
+        if dist.get_rank() == 0:
+            path.parent.mkdir(exist_ok=True)
+            picture_sheet(panels).save(path)
     except OSError as error:
         raise UserError(f"--draw: {path} cannot be written ({error.strerror})") from None
     print_rank0(f"{path}: step {saved['step']}")
     return 0
+
+
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}  # of the matrix product that --benchmark compares with
 
 
 def benchmark(args, argv, device):

@@ -2,26 +2,38 @@
 
 Reading order of the project: **vit** -> mrmae -> mixedae -> cae -> data -> train -> finetune -> dense.
 
+Letters, used in every file (in brackets: what the papers call the same thing):
+    B    images in a batch
+    C    channels of an image
+    p    side of a patch, in pixels (MixedAE: P)
+    P    values of a patch, C p p (MixedAE: P^2 C)
+    L    patches of an image
+    V    visible patches of an image (MR-MAE: l_v)
+    U    hidden patches of an image, U = L - V (MR-MAE: l_m)
+    N    tokens that a block sees: patches, and CLS if there is one
+    D    width of the encoder (MR-MAE: C)
+    Dd   width of the decoder
+    Dt   width of a teacher's features (MR-MAE: C)
+    H    heads of an attention layer
+    D_h  width of a head, D / H
+    K    keys that TopK keeps for each query, in MixedAE
+    n    images that are mixed into one, in MixedAE (there 1/r, where r is the share of each)
+    G    mixed images in a batch, in MixedAE
+Shapes are batch first, and the tokens are always the axis before the last. A boolean mask called `hidden` or
+`mask` is True where a patch is hidden. Images need not be square: a grid (h, w) has h rows and w columns of
+patches.
+
     images (B, C, height, width)
         -- PatchEmbed --------------------------> patch tokens   (B, L, D)
         -- + positions, keep the visible ones --> visible tokens (B, V, D)
-        -- CLS in front ------------------------> tokens         (B, N, D)
+        -- CLS in front ------------------------> tokens         (B, N, D), N = 1 + V
         -- blocks: attention, MLP --------------> tokens         (B, N, D)
-        -- final LayerNorm ---------------------> what probes, decoders and losses read
+        -- final LayerNorm ---------------------> features       (B, N, D)
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into
-it and its own weights load into timm. One thing is new: the homologous TopK attention of MixedAE (Eq. 6, in
-`Attention.homologous_attention`). It adds no parameter and is switched off after pre-training.
-
-Letters, used in every file:
-    B images            n = 1/r images in a group (MixedAE)    G mixed images: B r, or B in full mode
-    L patches           V visible, U hidden patches            N tokens that a block sees (patches + CLS)
-    D width             H heads, D_h = D / H width of a head   K keys that TopK keeps
-    C channels          p patch size in pixels                 P = C p p values of a patch
-    Dd decoder width    Dt width of a teacher's features (MR-MAE)
-MixedAE writes P for our p and P^2 C for our P; MR-MAE writes l_v, l_m for our V, U and C for our D and Dt.
-Shapes are batch first, and tokens are the last axis but one, always. A `hidden` mask is True where a patch is
-hidden, always. Images need not be square: grids are written (h, w), in patches.
+it and its own weights load into timm. One thing is new: with the homologous attention of MixedAE (Eq. 6, in
+`Attention.homologous_attention`) a patch attends only to the K patches with the highest scores. It adds no
+parameter and is switched off after pre-training.
 """
 
 import argparse
@@ -30,6 +42,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -39,6 +52,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import stochastic_depth
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Messages to the user
+# ------------------------------------------------------------------------------------------------------------
+class UserError(ValueError):
+    """Bad user input. The programs print its message, one line, and exit with `code`, without a traceback."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+def print_rank0(line):
+    """Print a line once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -55,9 +85,10 @@ def unpatchify(patches, grid, p):
 
 
 def patch_stats(patches):
-    """Mean and standard deviation of each patch over all its P values: two of (B, L, 1).
+    """Mean and standard deviation of each patch over all its P values, each (B, L, 1).
 
-    The variance is the unbiased one and 1e-6 stands inside the root, as in MAE: it matters in flat patches.
+    As in MAE, the variance is the unbiased one, and 1e-6 is added to it, so that a flat patch does not lead
+    to a division by zero.
     """
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (var + 1e-6).sqrt()
@@ -70,8 +101,8 @@ def norm_pix(patches):
 
 
 def undo_norm_pix(pred, patches):
-    """Predictions of `norm_pix` targets -> pixels, for pictures. The mean and deviation are those of the true
-    `patches`: the model has not predicted them."""
+    """Predictions of `norm_pix` targets -> pixels, for pictures. The model does not predict the mean and the
+    standard deviation of a patch, so those of the true `patches` are used."""
     mean, std = patch_stats(patches)
     return pred * std + mean
 
@@ -80,18 +111,22 @@ def undo_norm_pix(pred, patches):
 # Masks
 # ------------------------------------------------------------------------------------------------------------
 def random_visible(batch, patches, visible, device):
-    """Uniformly random masking (MR-MAE Sec. 3.1): the ids (B, V) of the visible patches, in raster order."""
+    """Uniformly random masking (MR-MAE Sec. 3.1): the ids (B, V) of the visible patches, in raster order.
+
+    batch, patches and visible are the numbers B, L and V.
+    """
     noise = torch.rand(batch, patches, device=device)  # (B, L)
     return noise.argsort(dim=1)[:, :visible].sort(dim=1).values  # the first V of a random permutation
 
 
 def hidden_mask(ids, patches):
-    """Ids of visible patches (B, V) -> mask (B, L) bool, True = hidden."""
+    """Ids of visible patches (B, V) -> mask (B, L) bool, True = hidden. patches is the number L."""
     return torch.ones(len(ids), patches, dtype=torch.bool, device=ids.device).scatter(1, ids, False)
 
 
 def visible_ids(hidden):
     """(B, L) bool, True = hidden -> (B, V) ids of the visible patches, in raster order."""
+    # The rows of a batch must have the same length.
     counts = (~hidden).sum(dim=1)  # (B,)
     if counts.min() != counts.max():
         raise ValueError(
@@ -112,22 +147,28 @@ def sincos_positions(dim, grid, prefix=1):
     """MAE's fixed 2-D sine-cosine table (1, prefix + L, dim) for a grid (h, w) of patches.
 
     prefix: 1 if a CLS token stands in front, whose row is zero; else 0. The first half of the channels
-    encodes the column, the second half the row. Each half is [sin | cos] of the coordinate times 10000^(-k /
-    (dim / 4)), k = 0 .. dim/4 - 1, computed in float64.
+    encodes the column, the second half the row. For a coordinate c each half is [sin(c w_k) | cos(c w_k)],
+    with w_k = 10000^(-4 k / dim) for k = 0 .. dim/4 - 1, computed in float64.
     """
     if dim % 4:
         raise UserError(f"width {dim}: the sine-cosine position table needs a multiple of 4")
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim / 4,)
-    rows, columns = torch.cartesian_prod(*map(torch.arange, grid)).T  # (L,) each
-    angles = [axis.outer(frequencies) for axis in (columns, rows)]  # two of (L, dim / 4)
-    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (L, dim)
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # w_k, (dim / 4,)
+
+    # Turn the row and the column of each patch into angles c w_k.
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")  # each (h, w)
+    row = rows.flatten().outer(frequencies)  # (L, dim / 4)
+    column = columns.flatten().outer(frequencies)  # (L, dim / 4)
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)  # (L, dim)
+
+    # Put the row of zeros for CLS in front.
     return F.pad(table, (0, 0, prefix, 0)).unsqueeze(0).float()  # (1, prefix + L, dim)
 
 
 def resize_tokens(tokens, old_grid, new_grid, **how):
     """(B, h w, D) on old_grid -> (B, h' w', D) on new_grid, in fp32.
 
-    how: arguments of F.interpolate. The defaults are size=new_grid and mode="bicubic".
+    how: other arguments for F.interpolate than size=new_grid and mode="bicubic". DINO, for example, resizes
+    by a scale factor (`mrmae.dino_positions`).
     """
     tokens = rearrange(tokens.float(), "b (h w) d -> b d h w", h=old_grid[0])
     tokens = F.interpolate(tokens, **{"size": tuple(new_grid), "mode": "bicubic", **how})
@@ -135,10 +176,11 @@ def resize_tokens(tokens, old_grid, new_grid, **how):
 
 
 def resize_positions(table, old_grid, new_grid, **how):
-    """A position table (1, [1 +] h w, D) for old_grid -> the same for new_grid. CLS's row stays as it is."""
+    """A position table for old_grid -> one for new_grid. Each is (1, 1 + h w, D), or (1, h w, D) without CLS.
+    The row of CLS stays as it is."""
     if tuple(old_grid) == tuple(new_grid):
         return table
-    prefix = table.shape[1] - old_grid[0] * old_grid[1]  # 1 with a row of CLS, else 0
+    prefix = table.shape[1] - old_grid[0] * old_grid[1]  # 1 with a row for CLS, else 0
     patches = resize_tokens(table[:, prefix:], old_grid, new_grid, **how)
     return torch.cat([table[:, :prefix], patches.to(table.dtype)], dim=1)
 
@@ -147,29 +189,32 @@ def resize_positions(table, old_grid, new_grid, **how):
 # Attention
 # ------------------------------------------------------------------------------------------------------------
 def keep_topk(scores, k, cls_in_topk=False):
-    """TopK of MixedAE Eq. 6 (Sec. 3.2), the keys that a query may see: scores (B, H, N, N) -> bool.
+    """TopK of MixedAE Eq. 6 (Sec. 3.2): scores (B, H, N, N) -> bool (B, H, N, N), True where a key is kept.
 
-    k is the paper's K. Token 0 is CLS. In every head by itself, each query patch keeps exactly the k key
-    patches with the highest scores. Eq. 6 speaks of query and key patches, so CLS takes no part: its key is
-    always kept and not counted, and its query sees all. With cls_in_topk CLS counts as one more patch: every
-    row keeps exactly k of all N keys. Which keys are kept is a choice without gradient; the scores that are
-    kept have one.
+    k is the paper's K. Each query patch keeps exactly the k key patches with the highest scores, separately
+    in each head. Token 0 is CLS. Eq. 6 speaks of query and key patches, so CLS takes no part: its key is
+    always kept and not counted, and its query sees all keys. With cls_in_topk CLS counts as one more patch:
+    every query keeps exactly k of all N keys. No gradient flows through the choice of keys; it flows through
+    the scores of those that are kept.
     """
     first = 0 if cls_in_topk else 1  # the first token that takes part
-    keep = torch.ones_like(scores, dtype=torch.bool)  # CLS's row and column stay so without cls_in_topk
-    # (B, H, L, k); with cls_in_topk (B, H, N, k)
-    best = scores.detach()[..., first:, first:].topk(k, dim=-1, sorted=False).indices
-    # Scatter indices: a threshold would keep more than k where scores tie, as they often do in bf16.
-    keep[..., first:, first:] = False
-    keep[..., first:, first:].scatter_(-1, best, True)
-    return keep
+    patches = scores[..., first:, first:]  # (B, H, L, L); with cls_in_topk (B, H, N, N)
+    best = patches.topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
+
+    # Mark the k best keys by their indices. Comparing with the k-th best score would keep more than k where
+    # scores tie, as they often do in bf16.
+    keep = torch.zeros_like(patches, dtype=torch.bool).scatter(-1, best, True)
+
+    # Put the row and the column of CLS in front; they are True.
+    return F.pad(keep, (first, 0, first, 0), value=True)  # (B, H, N, N)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; with `topk` = K the homologous attention of MixedAE Eq. 6.
 
-    While `record` is True each forward stores `recorded` = (keep, attention), both (B, H, N, N): the keys
-    that TopK kept (None in a global layer) and the probabilities.
+    While `record` is True (see `recording`) each forward stores `recorded` = (keep, attention): the keys that
+    TopK kept, and the probabilities, both (B, H, N, N). Without `topk` keep is None. The paper calls such a
+    layer global.
     """
 
     record = False
@@ -186,79 +231,69 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):  # (B, N, D)
-        # Compute queries, keys and values of all heads at once.
+        # Compute queries, keys and values of all heads at once, each (B, H, N, D_h).
         qkv = self.qkv(x)  # (B, N, 3 D)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)  # (B, H, N, D_h)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
-        # Attend. Eq. 6 as written needs the whole matrix of probabilities. PyTorch's fused attention computes
-        # the same without storing it, so that is used unless somebody wants to look at the matrix.
+        # Attend. Eq. 6 as it is written needs the whole matrix of probabilities. PyTorch's fused attention
+        # computes the same without storing it, so it is used unless the matrix itself is wanted.
         if self.record:
             x = self.homologous_attention(q, k, v)  # (B, H, N, D_h)
         else:
-            x = self.fused_attention(q, k, v)
+            x = self.fused_attention(q, k, v)  # (B, H, N, D_h)
 
         # Put the heads side by side again and mix them.
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, D)
 
     def homologous_attention(self, q, k, v):
-        """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), and the result A_HomoAtt v; k are the
-        keys. All are (B, H, N, D_h). Without `topk` it is ordinary attention."""
+        """MixedAE Eq. 6: A_HomoAtt = softmax(TopK(q k^T / sqrt(D_h))), where k are the keys.
+
+        q, k, v (B, H, N, D_h) -> A_HomoAtt v (B, H, N, D_h). Without `topk` it is ordinary attention.
+        """
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q k^T / sqrt(D_h), (B, H, N, N)
         keep = None
         if self.topk is not None:
             keep = keep_topk(scores, self.topk, self.cls_in_topk)
             scores = scores.masked_fill(~keep, float("-inf"))  # softmax gives 0 to what is not kept
-        attention = scores.softmax(dim=-1)
+        attention = scores.softmax(dim=-1)  # A_HomoAtt, (B, H, N, N)
         if self.record:
             self.recorded = (keep, attention.detach())
-        return attention.to(v.dtype) @ v  # under CUDA autocast the softmax is fp32, v is not
+        return attention.to(v.dtype) @ v  # under CUDA autocast the softmax is fp32 and v is not
 
     def fused_attention(self, q, k, v):
-        """The same result by PyTorch's fused attention, which takes the choice of keys as a boolean mask."""
+        """Eq. 6 as well, by PyTorch's fused attention, which takes the choice of keys as a boolean mask."""
         keep = None
         if self.topk is not None:
-            with torch.no_grad():  # the choice has no gradient; the fused attention computes the scores anew
+            with torch.no_grad():  # for the choice alone; the fused attention computes its own scores
                 scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
                 keep = keep_topk(scores, self.topk, self.cls_in_topk)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to keys and values of their own: CAE's regressor and probe.
-
-    Keys have no bias (CAE's code). While `record` is True each forward stores the probabilities in
-    `recorded`, (B, H, U, N).
-    """
-
-    record = False
-    recorded = None
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        if dim % heads:
-            raise UserError(f"width {dim} is not a multiple of {heads} heads")
-        self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, q, k, v):  # (B, U, D), (B, N, D), (B, N, D) -> (B, U, D)
-        inputs = (self.q(q), self.k(k), self.v(v))
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in inputs)
-        if self.record:
-            self.recorded = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1).detach()
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, U, D_h)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+@contextmanager
+def recording(layers):
+    """In `with recording(layers):` these attention layers record. When it ends, also by an error, they stop
+    and forget what they recorded."""
+    for layer in layers:
+        layer.record = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.record = False
+            layer.recorded = None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Blocks
 # ------------------------------------------------------------------------------------------------------------
 class Residual(nn.Module):
-    """What the blocks have in common: residual branches, and two attributes that are set from outside.
-    `drop_path` (by `set_drop_paths`) is the probability that a sample skips a branch in training; `recompute`
-    (by train.wrap_ddp) trades time for memory."""
+    """The base of all blocks. It has two attributes that other code sets.
+
+    drop_path (set by `set_drop_paths`): the probability that a sample skips a residual branch in training.
+    recompute (set by `train.wrap_ddp`): compute the block's activations again in the backward pass instead of
+    keeping them, which saves memory.
+    """
 
     drop_path = 0.0
     recompute = False
@@ -269,16 +304,17 @@ class Residual(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between them. `activation` may be set: CLIP has another.
+    """Two linear layers with the exact (erf) GELU between them.
 
-    layer: the kind of the layers; the convolution stem takes convolutions of 1 x 1.
+    hidden: the width between the layers. layer: the class of both; the convolution stem passes 1 x 1
+    convolutions.
     """
 
     def __init__(self, dim, hidden, layer=nn.Linear):
         super().__init__()
         self.fc1 = layer(dim, hidden)
         self.fc2 = layer(hidden, dim)
-        self.activation = F.gelu
+        self.activation = F.gelu  # mrmae.py sets another for CLIP
 
     def forward(self, x):  # (B, N, D)
         return self.fc2(self.activation(self.fc1(x)))
@@ -313,7 +349,7 @@ class Block(Residual):
 
 
 def call_block(block, *inputs):
-    """block(*inputs). With `recompute` its activations are computed again in the backward pass."""
+    """block(*inputs). With block.recompute its activations are computed again in the backward pass."""
     if block.recompute:
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
@@ -321,7 +357,7 @@ def call_block(block, *inputs):
 
 def all_blocks(module):
     """The blocks of a module, of whatever kind, in the order of its forward pass."""
-    return [part for part in module.modules() if hasattr(part, "drop_path")]
+    return [part for part in module.modules() if isinstance(part, Residual)]
 
 
 def set_drop_paths(module, rate):
@@ -332,10 +368,10 @@ def set_drop_paths(module, rate):
 
 
 def init_weights(module):
-    """MAE's initialisation of new modules, for `Module.apply`: linear layers xavier-uniform with bias 0.
-    LayerNorms keep PyTorch's weight 1 and bias 0."""
+    """MAE's initialisation of new modules, for `Module.apply`. Linear layers get xavier-uniform weights and
+    bias 0. LayerNorms keep PyTorch's weight 1 and bias 0."""
     if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)  # qkv as one (3 D, D) matrix
+        nn.init.xavier_uniform_(module.weight)  # as in MAE, qkv counts as one (3 D, D) matrix, not as three
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -344,17 +380,17 @@ def init_weights(module):
 # Encoder
 # ------------------------------------------------------------------------------------------------------------
 class PatchEmbed(nn.Module):
-    """(B, C, h p, w p) -> (B, L, D): one linear map per patch, kept as a convolution for timm's names."""
+    """(B, C, h p, w p) -> (B, L, D), by one linear map that all patches share. It is written as a
+    convolution, so that its parameters have timm's names and shapes."""
 
     def __init__(self, patch_size, channels, width):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
-        # As a linear layer, xavier-uniform; the bias keeps PyTorch's default of convolutions.
+        # As in MAE, initialise the weight as that of a linear layer; the bias keeps the default of nn.Conv2d.
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
     def forward(self, images, hidden=None, stages=None):
-        # `hidden` and `stages` are there to have ConvStem's signature. A plain patch embedding treats each
-        # patch by itself, so it needs neither.
+        # `hidden` and `stages` are for ConvStem, which may stand in the place of this class.
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
@@ -362,10 +398,11 @@ class ViT(nn.Module):
     """A Vision Transformer encoder with fixed sine-cosine positions.
 
     image_size: (height, width) in pixels. class_token: whether a CLS token stands in front (MCMAE has none).
-    stem: None for a patch embedding, or the widths, depths and mlp_ratios of a ConvStem in a dict.
-    topk, cls_in_topk: K of MixedAE Eq. 6 for each block, None in a global one; see `keep_topk`.
+    stem: None for a patch embedding, or the widths, depths and mlp_ratios of a ConvStem in a dict. topk: for
+    each block its K of MixedAE Eq. 6, or None for ordinary attention. cls_in_topk: see `keep_topk`.
+
     `config` holds all arguments but the last two: `ViT(**config)` builds the encoder that transfers, whose
-    attention is global.
+    attention is ordinary.
     """
 
     def __init__(
@@ -415,33 +452,37 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02)) if class_token else None
         positions = sincos_positions(width, self.grid, self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (1, 1 + L, D); without CLS (1, L, D)
-        self.resize = resize_positions  # may be set: DINO has a rule of its own for other image sizes
+        self.resize = resize_positions  # mrmae.py sets another for DINO, whose rule differs
         self.norm_pre = nn.Identity()  # CLIP has a LayerNorm here
-        topk = topk or [None] * depth  # K of each block
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, layer_scale, k, cls_in_topk) for k in topk)
+        topk_per_block = topk or [None] * depth
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, layer_scale, block_topk, cls_in_topk)
+            for block_topk in topk_per_block
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
 
     def embed(self, images, hidden=None, stages=None):
-        """images (B, C, h p, w p) -> patch tokens with positions (B, L, D). Another image size than the one
-        that the encoder was built for resizes the position table.
+        """images (B, C, h p, w p) -> patch tokens with positions (B, L, D).
 
-        hidden, stages: for a ConvStem, see there. A plain patch embedding mixes no patches and needs neither.
+        If the images have another size than the encoder was built for, the position table is resized. hidden,
+        stages: see `ConvStem.forward`.
         """
-        x = self.patch_embed(images, hidden, stages)
+        x = self.patch_embed(images, hidden, stages)  # (B, L, D)
         grid = tuple(side // self.patch_size for side in images.shape[-2:])
         return x + self.resize(self.pos_embed, self.grid, grid)[:, self.num_prefix_tokens :]
 
     def prepend_cls(self, x):
-        """(B, V, D) -> what the first block sees, (B, 1 + V, D). Without CLS it adds nothing."""
+        """Put CLS with its position in front, (B, V, D) -> (B, 1 + V, D), if the encoder has one. Then apply
+        `norm_pre`, which does nothing except in CLIP."""
         if self.cls_token is not None:
             cls = self.cls_token + self.pos_embed[:, :1]  # (1, 1, D)
             x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
         return self.norm_pre(x)
 
     def forward_blocks(self, x, taps=()):
-        """Embedded patches (B, V, D) -> the last block's output (B, 1 + V, D), before the final norm, and a
-        list of the outputs of the blocks in `taps` (numbers from 1), in the order asked for."""
+        """Embedded patches (B, V, D) -> the last block's output (B, 1 + V, D), before the final norm; and a
+        list with the outputs of the blocks in `taps`, which are counted from 1, in the order asked for."""
         x = self.prepend_cls(x)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
@@ -457,10 +498,13 @@ class ViT(nn.Module):
     def features(self, images, hidden=None, taps=(), attention=False):
         """What probes, teachers, dense heads and pictures read.
 
-        images (B, C, h p, w p) normalised; hidden (B, L) bool or None; taps: numbers of blocks, from 1, whose
-        output is wanted as a map; only without `hidden`. Returns {"cls": (B, 1, D), or None if there is none,
-        "patches": (B, V, D), both after the final norm; "taps": [(B, D, h, w), ...] raw outputs of blocks;
-        "attention": (B, H, N, N), the softmax of the last block, if asked for}.
+        images (B, C, h p, w p) normalised; hidden (B, L) bool or None; taps: the blocks, counted from 1,
+        whose outputs are returned as maps, which is not possible together with `hidden`. Returns a dict:
+
+            "cls"        (B, 1, D) after the final norm, or None if there is no CLS
+            "patches"    (B, V, D) after the final norm
+            "taps"       a list of (B, D, h, w), before the norm
+            "attention"  (B, H, N, N), the softmax of the last block, if `attention` asks for it
         """
         # Embed, and drop what is hidden.
         x = self.embed(images, hidden)  # (B, L, D)
@@ -469,18 +513,18 @@ class ViT(nn.Module):
 
         # Encode; record the attention of the last block if it is wanted.
         last = self.blocks[-1].attn
-        last.record = attention
-        x, tapped = self.forward_blocks(x, taps)
-        x = self.norm(x)
-        last.record = False
+        with recording([last] if attention else []):
+            x, tapped = self.forward_blocks(x, taps)  # (B, N, D)
+            recorded = last.recorded
+        x = self.norm(x)  # (B, N, D)
 
         # Split CLS from the patches, and make maps of the taps.
-        prefix, h = self.num_prefix_tokens, images.shape[-2] // self.patch_size
+        prefix = self.num_prefix_tokens
+        h = images.shape[-2] // self.patch_size
         maps = [rearrange(tokens[:, prefix:], "b (h w) d -> b d h w", h=h) for tokens in tapped]
         out = {"cls": x[:, :1] if prefix else None, "patches": x[:, prefix:], "taps": maps}
         if attention:
-            out["attention"] = last.recorded[1]
-            last.recorded = None
+            out["attention"] = recorded[1]
         return out
 
 
@@ -500,10 +544,12 @@ def cls_attention(encoder, images):
 class Decoder(nn.Module):
     """The transformer decoder of the MAE family. Where [MASK] tokens go is the method's business:
 
-        latent (B, 1 + V, D) -- embed --> (B, 1 + V, Dd)
-            -- the method inserts mask_token --> (B, 1 + L, Dd) -- forward --> (B, L, P)
+        latent (B, 1 + V, D)
+            -- embed, a linear layer ---------> (B, 1 + V, Dd)
+            -- the method inserts mask_token -> (B, 1 + L, Dd)
+            -- forward -----------------------> (B, L, P)
 
-    For an encoder without CLS there is none here either.
+    If the encoder has no CLS, the sequences have V and L tokens instead.
     """
 
     def __init__(self, encoder, width, depth, heads, mlp_ratio=4.0):
@@ -524,20 +570,44 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def features(self, x):
-        """The sequence with [MASK] inserted (B, 1 + L, Dd) -> patch tokens after the last norm (B, L, Dd)."""
+        """A sequence with [MASK] inserted (B, 1 + L, Dd) -> patch tokens after the last norm (B, L, Dd)."""
         x = x + self.pos_embed
         for block in self.blocks:
             x = call_block(block, x)
         return self.norm(x)[:, self.num_prefix_tokens :]
 
     def forward(self, x):
-        """The same -> predicted patches (B, L, P)."""
+        """A sequence with [MASK] inserted (B, 1 + L, Dd) -> predicted patches (B, L, P)."""
         return self.pred(self.features(x))
 
 
-# ============================================================================================================
-# A first reading may stop here. What follows: the convolution stem of MCMAE, flags, files.
-# ============================================================================================================
+# ------------------------------------------------------------------------------------------------------------
+# Sizes of encoder and decoder
+# ------------------------------------------------------------------------------------------------------------
+SIZES = {  # width, depth and heads of the encoder, then of the decoder
+    "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
+    "tiny": (192, 12, 3, 192, 4, 3),  # DeiT; the decoder is ours, because MAE's is five times this encoder
+    "small": (384, 12, 6, 512, 8, 16),  # DeiT; from here on the decoder is MAE's, which has one for all sizes
+    "base": (768, 12, 12, 512, 8, 16),  # ViT
+    "large": (1024, 24, 16, 512, 8, 16),  # ViT
+    "huge": (1280, 32, 16, 512, 8, 16),  # ViT
+}
+SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
+
+
+def build_encoder(args, **options):
+    """The encoder that the size flags describe; `options` are further arguments of ViT."""
+    return ViT(args.image_size, args.patch_size, args.width, args.depth, args.heads, **options)
+
+
+def build_decoder(args, encoder, **options):
+    """The decoder that the size flags describe; `options` are further arguments of Decoder."""
+    return Decoder(encoder, args.decoder_width, args.decoder_depth, args.decoder_heads, **options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The convolution stem of MCMAE (--stem conv in mrmae.py). The other methods do not need it.
+# ------------------------------------------------------------------------------------------------------------
 def conv_embed(channels, width, k):
     """A patch embedding of MCMAE: a convolution of k x k with stride k, LayerNorm over channels, GELU.
     (B, channels, h, w) -> (B, width, h / k, w / k)."""
@@ -576,12 +646,13 @@ class ConvBlock(Residual):
 
 
 class ConvStem(nn.Module):
-    """The convolution stages of MCMAE (MR-MAE Sec. 3.3), of strides 4, 2 and 2, in place of the patch
-    embedding:
+    """The convolution stages of MCMAE (MR-MAE Sec. 3.3), in place of the patch embedding. w1 and w2 are their
+    widths:
 
-    images (B, C, 16 h, 16 w) -- embed1 (stride 4), blocks1 --> stage 1 (B, w1, 4 h, 4 w)
-        -- embed2 (stride 2), blocks2 --> stage 2 (B, w2, 2 h, 2 w)
-        -- embed3 (stride 2), proj -----> (B, L, D), L = h w
+        images (B, C, 16 h, 16 w)
+            -- embed1 (stride 4), blocks1 --> stage 1 (B, w1, 4 h, 4 w)
+            -- embed2 (stride 2), blocks2 --> stage 2 (B, w2, 2 h, 2 w)
+            -- embed3 (stride 2), proj -----> tokens  (B, L, D), L = h w
     """
 
     def __init__(self, channels, width, widths, depths, mlp_ratios):
@@ -601,11 +672,11 @@ class ConvStem(nn.Module):
         """hidden (B, L) bool: patches whose pixels must not reach the others. stages: a list that receives
         the maps of stages 1 and 2."""
         x = images
-        for embed, blocks, k in ((self.embed1, self.blocks1, 4), (self.embed2, self.blocks2, 2)):
-            # Bring the mask to the grid of the stage: k x k of its places lie in a patch.
+        for embed, blocks, s in ((self.embed1, self.blocks1, 4), (self.embed2, self.blocks2, 2)):
+            # Bring the mask to the grid of the stage: s x s of its places lie in a patch.
             keep = None
             if hidden is not None:
-                keep = repeat(~hidden, "b (h w) -> b 1 (h k1) (w k2)", h=images.shape[-2] // 16, k1=k, k2=k)
+                keep = repeat(~hidden, "b (h w) -> b 1 (h s1) (w s2)", h=images.shape[-2] // 16, s1=s, s2=s)
             x = embed(x)
             for block in blocks:
                 x = call_block(block, x, keep)
@@ -614,37 +685,10 @@ class ConvStem(nn.Module):
         return self.proj(rearrange(self.embed3(x), "b d h w -> b (h w) d"))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sizes, and the flags that choose them
-# ------------------------------------------------------------------------------------------------------------
-class UserError(ValueError):
-    """Bad user input: the programs print this one line and exit with `code`, without a traceback."""
-
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
-
-
-def print_rank0(line):
-    """Print a line once, however many processes there are."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
-SIZES = {  # width, depth and heads of the encoder, then of the decoder
-    "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
-    "tiny": (192, 12, 3, 192, 4, 3),  # DeiT; the decoder is ours: MAE's is five times the encoder
-    "small": (384, 12, 6, 512, 8, 16),  # DeiT
-    "base": (768, 12, 12, 512, 8, 16),  # ViT; the decoder is MAE's, which has it for L and H too
-    "large": (1024, 24, 16, 512, 8, 16),  # ViT
-    "huge": (1280, 32, 16, 512, 8, 16),  # ViT
-}
-SIZE_FLAGS = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
-
-
 def stem_size(width1, width2, depth=11, stage_depth=2, mlp_ratio=4):
-    """A size with the convolution stem: the widths of its two stages of `stage_depth` blocks each, and the
-    number of blocks behind them. `mlp_ratio` is that of the stages and of the decoder."""
+    """A size with the convolution stem: the widths of its two stages, of `stage_depth` blocks each, and
+    `depth`, the number of transformer blocks behind them. `mlp_ratio` is that of the stages and of the
+    decoder; the transformer blocks always have 4."""
     return dict(
         widths=[width1, width2],
         depths=[stage_depth] * 2,
@@ -658,12 +702,51 @@ def stem_size(width1, width2, depth=11, stage_depth=2, mlp_ratio=4):
 STEM_SIZES = {
     "micro": stem_size(32, 64, depth=4, stage_depth=1),  # ours, for a laptop
     "small": stem_size(128, 256),  # forks of MCMAE's code
-    "base": stem_size(256, 384),  # MCMAE's code, which has this size alone
+    "base": stem_size(256, 384),  # MCMAE's code, which has only this size
     "large": stem_size(384, 768, depth=23, mlp_ratio=8),  # forks of MCMAE's code
     "huge": stem_size(768, 1024, depth=31, mlp_ratio=8),  # forks of MCMAE's code
 }
 
 
+# ============================================================================================================
+# A first reading may stop here. What follows: the cross-attention of CAE; flags; and files, where
+# `pack_encoder` says what encoder.pt holds.
+# ============================================================================================================
+class CrossAttention(nn.Module):
+    """Multi-head attention with separate queries, keys and values: for CAE's regressor and attentive probe.
+
+    As in CAE's code, the keys have no bias. While `record` is True each forward stores the probabilities
+    (B, H, U, N) in `recorded`.
+    """
+
+    record = False
+    recorded = None
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"width {dim} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, q, k, v):  # (B, U, D), (B, N, D), (B, N, D) -> (B, U, D)
+        # Compute queries (B, H, U, D_h), keys and values, both (B, H, N, D_h).
+        projected = (self.q(q), self.k(k), self.v(v))
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in projected)
+
+        # Attend, and put the heads side by side again.
+        if self.record:
+            self.recorded = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1).detach()
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, U, D_h)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------------------
 def bounded(kind, low, high):
     """A type for argparse: an int or a float from `low` to `high`, both included."""
 
@@ -689,7 +772,7 @@ size_int = bounded(int, 1, 65536)  # pixels, widths, heads
 
 
 def add_size_args(parser, encoder=True, decoder=True):
-    """The flags that fix the shape of images and, if asked for, of encoder and decoder."""
+    """The flags for the shape of images and, if asked for, of encoder and decoder."""
     add = parser.add_argument_group("model size (the defaults are a laptop's; ours)").add_argument
     add(
         "--image-size",
@@ -726,8 +809,7 @@ def add_size_args(parser, encoder=True, decoder=True):
 
 
 def resolve_sizes(args, sizes=SIZES):
-    """Make every size in `args` explicit, in place: also those not given, and the image size as [height,
-    width]."""
+    """Fill in the sizes that were not given, in `args` itself. The image size becomes [height, width]."""
     if len(args.image_size) > 2:
         raise UserError(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
     args.image_size = [args.image_size[0], args.image_size[-1]]
@@ -748,16 +830,6 @@ def resolve_sizes(args, sizes=SIZES):
             setattr(args, flag, value)
 
 
-def build_encoder(args, **options):
-    """The encoder that the size flags describe; `options` are further arguments of ViT."""
-    return ViT(args.image_size, args.patch_size, args.width, args.depth, args.heads, **options)
-
-
-def build_decoder(args, encoder, **options):
-    """The decoder that the size flags describe; `options` are further arguments of Decoder."""
-    return Decoder(encoder, args.decoder_width, args.decoder_depth, args.decoder_heads, **options)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Files
 # ------------------------------------------------------------------------------------------------------------
@@ -767,9 +839,10 @@ def one_line(error, length=150):
 
 
 def load_file(path, allowed=()):
-    """A file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing is ever unpickled freely.
+    """The content of a file of tensors, numbers, strings, lists and dicts, on the CPU. Nothing else is read,
+    so code that hides in a file cannot run.
 
-    allowed: further classes that may lie in it, each as (the class to make instead, its name in the file).
+    allowed: further classes that may be read, each as (the class to make instead, its name in the file).
     """
     # Refuse a pipe, for which the program would wait for ever.
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
@@ -780,7 +853,7 @@ def load_file(path, allowed=()):
             if file.read(1) not in (b"P", b"\x80"):
                 raise UserError(f"{path}: truncated, or not written by torch.save: not opened; give weights")
 
-        # Published files hold their flags in a Namespace, which does nothing.
+        # Published files hold their flags in an argparse.Namespace, which runs no code when it is loaded.
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -801,8 +874,8 @@ def load_file(path, allowed=()):
 
 
 def rename(state_dict, pairs):
-    """A state dict with names changed by (pattern, replacement) regular expressions; the first that matches
-    decides. Values are passed through, so a dict of gradients maps the same way."""
+    """A state dict with its names changed by pairs of regular expressions (pattern, replacement). Of the
+    patterns the first that matches a name decides. Values may be anything, for example gradients."""
     renamed = {}
     for name, value in state_dict.items():
         for old, new in pairs:
@@ -818,8 +891,8 @@ WRAPPERS = ("teacher", "model", "module", "state_dict", "model_ema", "state_dict
 
 
 def find_weights(content, path):
-    """A published file's content -> its tensors by name. If it has averaged weights (EMA) beside the others,
-    a line says which are taken."""
+    """The content of a published file -> its tensors by name. If it has averaged weights (EMA) beside the
+    others, a line says which are taken."""
     keys = [key for key in WRAPPERS if isinstance(content.get(key), dict)]
     averaged = [key for key in keys if key.endswith("_ema")]
     if averaged and keys[0] not in averaged:
@@ -829,13 +902,13 @@ def find_weights(content, path):
 
 
 def strip_prefixes(weights, prefixes="module|_orig_mod|backbone|encoder|model"):
-    """Names without what wrappers put before them, in whatever order and as often as it is there."""
+    """Remove from the names what wrappers put before them, in whatever order and as often as it is there."""
     return rename(weights, [(rf"^(({prefixes})\.)+", "")])
 
 
 def load_strictly(module, weights):
-    """module.load_state_dict, after a look at each tensor, which must be dense, of its counterpart's kind
-    (floats or whole numbers) and finite. Raises ValueError, for names and shapes RuntimeError."""
+    """Check each tensor, then load all. Each must be dense and finite, and hold floats or whole numbers as
+    the module's own does; else this raises ValueError, for names and shapes that do not fit RuntimeError."""
     for name, own in module.state_dict().items():
         value = weights.get(name, own)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -848,10 +921,11 @@ def load_strictly(module, weights):
 
 
 def read_shape(weights):
-    """What the tensors of a square ViT, by our names, say of its shape -> arguments of `ViT` but for heads,
-    which no tensor shows.
+    """The weights of a ViT for square images, with our names -> the arguments of `ViT`, except heads, which
+    no tensor shows.
 
-    What is no ViT raises KeyError, ValueError, IndexError, TypeError or ZeroDivisionError.
+    Weights that are not those of a ViT raise KeyError, ValueError, IndexError, TypeError or
+    ZeroDivisionError.
     """
 
     def read_blocks(name):
@@ -860,19 +934,20 @@ def read_shape(weights):
         depth = sum(key.startswith(f"{name}.") and key.endswith(".norm1.weight") for key in weights)
         return width, depth, len(weights[f"{name}.0.mlp.fc1.weight"]) / width
 
-    # A convolution stem shows by its names. Behind it a patch has 16 pixels.
+    # A convolution stem is recognised by its names. Its patches have 16 pixels on a side.
     if "patch_embed.embed1.proj.weight" in weights:
         width1, depth1, ratio1 = read_blocks("patch_embed.blocks1")
         width2, depth2, ratio2 = read_blocks("patch_embed.blocks2")
         stem = dict(widths=[width1, width2], depths=[depth1, depth2], mlp_ratios=[ratio1, ratio2])
-        channels, patch_size = weights["patch_embed.embed1.proj.weight"].shape[1], 16
+        channels = weights["patch_embed.embed1.proj.weight"].shape[1]
+        patch_size = 16
     else:
         stem = None
         _, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
 
-    # The position table has a row a patch, and one for CLS.
+    # The position table has one row per patch, and one for CLS.
     class_token = "cls_token" in weights
-    side = math.isqrt(weights["pos_embed"].shape[1] - class_token)
+    side = math.isqrt(weights["pos_embed"].shape[1] - int(class_token))
     width, depth, mlp_ratio = read_blocks("blocks")
     return dict(
         image_size=[side * patch_size] * 2,
@@ -888,15 +963,16 @@ def read_shape(weights):
 
 
 def load_matching(model, weights, shape, source):
-    """--init: load weights by name into a model with an `encoder`, strictly, and the rest of the model where
-    every tensor of it is there with its shape -> "the encoder" or "the whole model".
+    """--init: load weights by name into a model that has an `encoder` -> "the encoder" or "the whole model".
 
-    shape: what the file says of its encoder (heads, image_size ...), or {}. Position tables are resized to
-    the model's grid. A UserError begins with `source`.
+    The encoder's weights must all be there and fit. The rest of the model is loaded only if all its tensors
+    are there with the right shapes. Position tables are resized to the model's grid. shape: what the file
+    says of its encoder (heads, image_size ...), or {}. A UserError begins with `source`.
     """
-    # Compare what no strict loading would notice: the position table depends on the patch size, and no tensor
-    # shows the heads.
-    own, encoder = model.state_dict(), model.encoder
+    # Compare what strict loading does not: no tensor shows the heads, and a position table that belongs to
+    # another patch size would be resized.
+    own = model.state_dict()
+    encoder = model.encoder
     for key in ("patch_size", "heads"):
         here = encoder.config[key]
         if shape.get(key, here) != here:
@@ -913,7 +989,7 @@ def load_matching(model, weights, shape, source):
         part = {name: value for name, value in weights.items() if name.startswith("encoder.")}
         load_strictly(encoder, rename(part, [("^encoder.", "")]))
 
-        # Load the rest where all of it is there.
+        # Load the whole model if all of it is there.
         whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())
         if whole:
             load_strictly(model, {name: weights[name] for name in own})
@@ -927,8 +1003,8 @@ def load_matching(model, weights, shape, source):
 def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
     """What encoder.pt holds: how to build the encoder again, its weights, and how to use it.
 
-    feature: "cls" or "mean", the token(s) that a linear probe should read; mean, std: of the images that it
-    was trained on; state_dict: other weights than the encoder's own.
+    feature: what a linear probe should read, "cls" or "mean" (of the patches). mean, std: those by which
+    images are normalised. state_dict: weights to take instead of the encoder's own.
     """
     weights = state_dict or encoder.state_dict()
     return {
@@ -942,16 +1018,17 @@ def pack_encoder(encoder, method, feature, mean, std, state_dict=None):
 
 
 def check_statistics(info, channels=3):
-    """A ValueError unless mean and std are numbers of images whose values lie between 0 and 1."""
-    mean, std = info["mean"], info["std"]
+    """Raise a ValueError unless mean and std can be those of images with values between 0 and 1."""
+    mean = info["mean"]
+    std = info["std"]
     fit = all(0 <= m <= 1 for m in mean) and all(1e-3 <= s <= 1 for s in std)  # NaN fails every comparison
     if not (fit and len(mean) == len(std) == channels):
         raise ValueError(f"mean {mean} and std {std} are not of {channels} channels between 0 and 1")
 
 
 def unpack_encoder(packed, source="encoder"):
-    """`pack_encoder`'s dict -> (encoder in eval mode, the dict without weights). A UserError begins with
-    `source`."""
+    """The dict of `pack_encoder` -> (encoder in eval mode, info: the dict without the weights). A UserError
+    begins with `source`."""
     try:
         encoder = ViT(**{key: value for key, value in packed["config"].items() if key != "kind"})
         load_strictly(encoder, packed["state_dict"])

@@ -276,6 +276,81 @@ def test_folders(folder, tmp_path):
     assert len(flat) == 20 and flat.classes == [] and flat[0][1] == -1
 
 
+class Listing:
+    """os.scandir, which gives names in any order, with the names in order or in the opposite order."""
+
+    def __init__(self, scandir, path, opposite):
+        with scandir(path) as entries:
+            self.entries = iter(sorted(entries, key=lambda entry: entry.name, reverse=opposite))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.entries)
+
+
+@pytest.mark.parametrize(
+    "images, links, expected",
+    [
+        # Crosswise: each class has the image of y.
+        (["x/x.png", "y/y.png"], {"x/link": "y"}, ["x/link/y.png", "x/x.png", "y/y.png"]),
+        (["a/1.png"], {"b": "a"}, ["a/1.png", "b/1.png"]),
+        # Up: to the folder itself, to its parent, to a class.
+        (["a/1.png", "b/2.png"], {"a/up": "", "up": ""}, ["a/1.png", "b/2.png"]),
+        (["a/1.png", "b/2.png"], {"a/up": ".."}, ["a/1.png", "b/2.png"]),
+        (["a/b/1.png"], {"a/b/up": "a"}, ["a/b/1.png"]),
+        # Two folders with links to each other.
+        (["a/1.png", "b/2.png"], {"a/x": "b", "b/y": "a"}, ["a/1.png", "a/x/2.png", "b/2.png", "b/y/1.png"]),
+        # Two ways to the same images within a class: the first name counts.
+        (["a/z/1.png"], {"a/l": "a/z", "a/k": "a/z"}, ["a/k/1.png"]),
+        # A chain of links, and links to a hidden folder.
+        (
+            ["a/1.png", "b/2.png", "c/3.png"],
+            {"a/b": "b", "b/c": "c"},
+            ["a/1.png", "a/b/2.png", "a/b/c/3.png", "b/2.png", "b/c/3.png", "c/3.png"],
+        ),
+        ([".store/1.png"], {"a": ".store", "b": ".store"}, ["a/1.png", "b/1.png"]),
+    ],
+    ids="crosswise alias up parent class mutual twice chain hidden".split(),
+)
+def test_links_are_followed_in_one_order_and_end(images, links, expected, tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    for image in images:
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        (root / image).write_bytes(b"")
+    for link, target in links.items():
+        (root / link).symlink_to(root / target)
+    scandir = os.scandir
+    lists = []
+    for opposite in (False, True):
+        monkeypatch.setattr(os, "scandir", lambda path: Listing(scandir, path, opposite))
+        found = data.open_folder(root)
+        lists.append((found.paths, found.labels, found.classes))
+    assert lists[0] == lists[1]
+    assert [os.path.relpath(path, root) for path in lists[0][0]] == expected
+
+
+def test_the_work_of_many_links_is_bounded(tmp_path, monkeypatch):
+    # Eight folders, each with links to all of them: there are more than 100,000 ways through them.
+    for i in range(8):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / f"{i}.png").write_bytes(b"")
+        for j in range(8):
+            (tmp_path / f"{i}" / f"to{j}").symlink_to(tmp_path / f"{j}")
+    found = data.open_folder(tmp_path)
+    assert len(found) == 64 and found.labels == [i for i in range(8) for _ in range(8)]
+    monkeypatch.chdir(tmp_path)
+    here = data.open_folder(data.Path("."))
+    assert [os.path.abspath(path) for path in here.paths] == found.paths
+
+
 def test_a_list_names_paths_relative_to_itself(folder):
     (folder / "list.txt").write_text("train/class1/01.png\n\ntrain/class0/00.png\n")
     listed, _ = data.open_sets(args("--data", folder / "list.txt"))
@@ -317,7 +392,7 @@ def test_data_that_cannot_be_read_gets_one_line(folder, tmp_path, monkeypatch):
         ("", "--data : neither a set"),
         (folder, f"{locked}: no images in it can be read .Permission denied.; "),
         (tmp_path / "half.txt", "half.txt: cannot be read .*truncated data"),
-        (tmp_path / "list.txt", "0 of its 0 image files"),
+        (tmp_path / "list.txt", "list.txt: names no image"),
     ):
         with pytest.raises(UserError, match=words):
             data.open_sets(args("--data", name))
@@ -332,6 +407,28 @@ def test_data_that_cannot_be_read_gets_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=f"{folder}: no images in it can be read"):
         data.open_sets(args("--data", folder))
+
+
+@pytest.mark.parametrize(
+    "text, error, words",
+    [
+        ("DataLoader worker (pid 7) died\nCaught a signal", UserError, "failed .Caught a signal.; lower"),
+        ("Caught OSError in worker 0\nOSError: No space left", UserError, "failed .OSError: No space left"),
+        ("Caught ValueError in worker 0\nValueError: theirs", ValueError, "^Caught ValueError"),
+    ],
+    ids=["death", "memory", "their error"],
+)
+def test_what_a_loader_process_raised_is_told_from_its_death(text, error, words, monkeypatch):
+    def loader(*args, **kwargs):
+        yield from [1, 2]
+        raise ValueError(text)
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    batches = data.load_batches(None, None, 2, False)
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(error, match=words) as caught:
+        next(batches)
+    assert type(caught.value) is error and getattr(caught.value, "code", 1) == 1
 
 
 def test_a_run_folder_that_is_deleted_is_made_again(tmp_path):

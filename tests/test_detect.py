@@ -428,8 +428,9 @@ def test_layer_decay_reaches_the_encoder_inside_the_detector():
 def test_each_neck_has_the_schedule_of_its_authors():
     """CAE's code drops the rate at epochs 9 and 11 of 12; ViTDet and the detector of MR-MAE's group at steps
     163,889 and 177,546 of 184,375, which are 8/9 and 26/27."""
+    cae = dense.LR_DROPS["fpn"]
     rates = {0: 0, 0.25: 0.5, 0.5: 1, 8.99: 1, 9: 0.1, 10.9: 0.1, 11: 0.01, 12: 0.01}
-    assert {epoch: dense.step_lr(epoch, 1.0, 0.5, 12, 0.0) for epoch in rates} == pytest.approx(rates)
+    assert {epoch: dense.step_lr(epoch, 1.0, 0.5, 12, 0.0, cae) for epoch in rates} == pytest.approx(rates)
     args = dense.parse_args(["--task", "detect", "--neck", "simple"])
     schedule = dense.Detection(args, None, {}, None, None).schedule
     steps = {163_887: 1, 163_890: 0.1, 177_545: 0.1, 177_547: 0.01, 184_375: 0.01}
@@ -508,6 +509,17 @@ def test_a_picture_shows_what_is_found_with_a_score_above_a_half(coco):
     assert torch.equal(task.paint(image, nothing), plain)
 
 
+def test_any_number_of_categories_has_colours():
+    """Objects365 has 365, LVIS 1,203."""
+    test_set = argparse.Namespace(classes=[f"thing {k}" for k in range(365)])
+    task = dense.Detection(None, None, None, None, test_set)
+    image, masks = torch.zeros(3, 40, 48, dtype=torch.uint8), torch.ones(2, 40, 48)
+    for label in (256, 257, 365):
+        boxes = [[0.0, 0, 48, 40]] * 2
+        picture = task.paint(image, dense.as_target(boxes, [label, 1], masks))
+        assert picture.shape == (3, 256, 256) and picture.any()
+
+
 def official(truth_file, rows, kind):
     """pycocotools by itself."""
     truth = dense.coco.COCO(str(truth_file))
@@ -559,6 +571,23 @@ def test_evaluating_gives_the_same_numbers_and_predicting_keeps_cocos_numbers(co
     assert any(row["image_id"] == new_name[503] for row in renamed)
     found = json.loads(predictions(tmp_path / "names"))
     assert sorted(map(json.dumps, found)) == sorted(map(json.dumps, renamed))
+
+
+def test_files_whose_numbers_are_equal_go_by_their_paths(coco, trained, tmp_path):
+    (tmp_path / "named").mkdir()
+    for name in ("503.png", "0503.png", "7.png"):
+        shutil.copy(coco / "val2017" / "000000000503.png", tmp_path / "named" / name)
+    evaluate("--evaluate", trained, "--out", tmp_path / "out", "--predict", tmp_path / "named")
+    rows = json.loads(predictions(tmp_path / "out"))
+    assert {row["image_id"] for row in rows} == {"503.png", "0503.png", "7.png"}
+
+
+def test_evaluating_takes_no_other_model(trained, tmp_path, capsys):
+    evaluate("--evaluate", trained, "--out", tmp_path, *SMALL, "--neck", "simple")
+    capsys.readouterr()
+    for flag, value, own in (("proposals", 100, 20), ("rois", 32, 16), ("neck", "fpn", "simple")):
+        evaluate("--evaluate", trained, "--out", tmp_path, f"--{flag}", value, code=2)
+        one_line(capsys, f"--{flag} {value}: {trained} has {own}; leave the flag out")
 
 
 JITTER = "--resize jitter --recompute --accumulate 2 --batch-size 2".split()

@@ -26,6 +26,7 @@ import mrmae
 import train
 import vit
 from conftest import randomize
+from test_cae import official
 from test_train import Hostile, interrupt_at, one_line, rows
 from vit import UserError, ViT
 
@@ -60,405 +61,6 @@ def classifier(
     )
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ------------------------------------------------------------------------------------------------------------
 # Encoders
 # ------------------------------------------------------------------------------------------------------------
@@ -522,6 +124,23 @@ def test_a_mean_pooled_fine_tuned_file_fills_the_new_layer_norm(tmp_path, capsys
     assert torch.equal(
         finetune.Classifier(loaded, info, fc_norm, args, 3, False).fc_norm.bias, model.norm.bias
     )
+
+
+@pytest.mark.parametrize("name", ["mae", "cae", "cae-vs-mae"])
+def test_a_files_name_does_not_decide_whether_positions_are_trained(name, tmp_path):
+    """CAE's layout shows by its tensors: its positions stay fixed, all others are trained, also when the
+    fine-tuned encoder is fine-tuned again."""
+    for content, heads, trained in ((vit_of().state_dict(), 3, True), (official(48, 48), 4, False)):
+        path = tmp_path / f"{name}.pth"
+        torch.save({"model": content}, path)
+        for _ in range(2):
+            args = parse("--protocol", "finetune", "--encoder", path, "--heads", heads)
+            model = finetune.Classifier(*finetune.open_encoder(args), args, 3, False)
+            assert model.encoder.pos_embed.requires_grad == trained
+            path = tmp_path / "encoder.pt"
+            test_set = argparse.Namespace(classes=["a", "b", "c"])
+            task = finetune.Task(args, model, torch.device("cpu"), None, None, test_set, "top1")
+            torch.save(task.export(), path)
 
 
 def test_encoders_that_do_not_fit_are_named(tmp_path):
@@ -934,7 +553,7 @@ def make_aircraft(root):
     return [0, 1, 0], [1]
 
 
-def make_caltech101(root):  # lists name the background too, as Ericsson et al.'s do
+def make_caltech101(root):  # Ericsson et al.'s lists have a label behind each path, and the background too
     pytest.importorskip("scipy", reason="scipy is not installed; torchvision's Caltech101 needs it")
     base = root / "caltech101"
     for c, name in enumerate(("BACKGROUND_Google", "Faces", "accordion")):
@@ -943,10 +562,10 @@ def make_caltech101(root):  # lists name the background too, as Ericsson et al.'
     (base / "Annotations").mkdir()
     write(
         base / "train.txt",
-        "accordion/image_0001.jpg\nBACKGROUND_Google/image_0001.jpg\n"
-        "Faces/image_0002.jpg\nFaces/image_0003.jpg\n",
+        "accordion/image_0001.jpg 2\nBACKGROUND_Google/image_0001.jpg 0\n"
+        "Faces/image_0002.jpg 1\nFaces/image_0003.jpg 1\n",
     )
-    write(base / "test.txt", "accordion/image_0003.jpg\n")
+    write(base / "test.txt", "accordion/image_0003.jpg 2\n")
     return [1, 0, 0], [1]
 
 
@@ -1262,6 +881,42 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(protocol, encoder, folder, 
     ).read_text()
 
 
+def test_one_image_is_a_batch_where_no_batchnorm_is(encoder, folder, tmp_path):
+    flags = ("--protocol", "finetune", "--encoder", encoder, "--data", folder, "--batch-size", 1)
+    run(*flags, "--epochs", 1, "--max-steps", 2, "--log-every", 1, "--out", tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2] and rows(tmp_path)[1]["loss"] > 0
+
+
+def test_broken_training_images_are_left_out_of_cached_features(
+    encoder, folder, tmp_path, monkeypatch, capsys
+):
+    """A broken test image counts as a black one."""
+    shutil.copytree(folder, tmp_path / "set")
+    for broken in ("train/class1/03.png", "val/class0/40.png"):
+        (tmp_path / "set" / broken).write_bytes(b"no image")
+    cached, cache_features = [], finetune.cache_features
+
+    def spy(*args, **options):
+        cached.append(cache_features(*args, **options))
+        return cached[-1]
+
+    monkeypatch.setattr(finetune, "cache_features", spy)
+    for protocol in ("linear", "attentive"):
+        cached.clear()
+        flags = ("--protocol", protocol, "--cache-features", "--epochs", 1, "--encoder", encoder)
+        run(*flags, "--data", tmp_path / "set", "--out", tmp_path / protocol)
+        (train_x, train_y), (test_x, test_y) = (samples.tensors for samples in cached)
+        assert len(train_x) == len(train_y) == 39 and train_y.tolist().count(1) == 19
+        assert len(test_x) == len(test_y) == 8 and test_x.isfinite().all() and train_x.isfinite().all()
+        said = capsys.readouterr()
+        assert "39 training and 8 test images" in said.out
+        assert "03.png (cannot identify image file) is broken; it is left out" in said.err
+        assert "40.png (cannot identify image file) is broken; it counts as a black image" in said.err
+    whole, _, _ = finetune.open_labelled(str(folder), parse())
+    labels = [label for i, label in enumerate(whole.labels) if "03.png" not in whole.name(i)]
+    assert train_y.tolist() == labels  # each feature keeps its own label
+
+
 def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch):
     make_voc2007(tmp_path)
     monkeypatch.setitem(finetune.SETS, "voc2007", finetune.SETS["voc2007"]._replace(sizes=(2, 1)))
@@ -1360,6 +1015,8 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         (("--patch-size", 8), "has 4"),
         (("--image-size", 1, 2, 3), "one number or two"),
         (("--batch-size", 1), "BatchNorm needs at least 2"),
+        (("--crop-scale", 1, 0.2), "needs 0 < MIN <= MAX <= 1"),
+        (("--crop-scale", 0, 1), "needs 0 < MIN <= MAX <= 1"),
         (("--protocol", "lineal"), "invalid choice"),
         (("--drop-path", 0.1), "unrecognized"),
         (("--label-fraction", 0), "must be a number from"),
@@ -1448,6 +1105,8 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         "corners": good.replace(",2,2,9,9", ",9,9,2,2"),
         "normalised": good.replace(",2,2,9,9", ",.1,.1,.5,.5"),
         "other_files": good.replace("val/", "validation/"),
+        "outside": good.replace(",2,2,9,9", ",90,90,99,99"),
+        "list.txt": "",
     }
     for name, text in tables.items():
         (tmp_path / name).write_text(text)
@@ -1459,12 +1118,16 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         ((tmp_path / "other_files", "--data", folder), "8 of 8 images have no box"),
         ((folder / "boxes.csv", "--data", "shapes"), "takes one folder"),
         ((folder / "boxes.csv", "--data", folder, folder), "takes one folder"),
+        ((folder / "boxes.csv", "--data", tmp_path / "list.txt"), "takes one folder"),
     )
     for (table, *flags), words in cases:
         run("--objects", table, *flags, "--encoder", encoder, "--out", tmp_path / "out", code=2)
         one_line(capsys, words)
     run("--encoder", encoder, "none", code=2)
     one_line(capsys, "one encoder a run")
+    flags = ("--objects", tmp_path / "outside", "--data", folder, "--encoder", encoder)
+    run(*flags, "--out", tmp_path / "out", code=2)
+    assert "none of the 8 images counts" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -1565,15 +1228,30 @@ def test_mistakes_with_predict_are_one_clear_line(finished, folder, tmp_path, ca
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_image_without_a_box_does_not_count(folder, encoder, tmp_path, capsys):
+def test_an_image_without_a_box_does_not_count_and_is_not_drawn(
+    folder, encoder, tmp_path, capsys, monkeypatch
+):
+    drawn = []
+
+    def keep(panels):
+        drawn.append(panels)
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr(finetune, "picture_sheet", keep)
     lines = boxes_of(folder).read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.startswith("file") or "val/" in line][:-1]
+    kept = [line for line in lines if line.startswith("file") or "val/" in line][:-3]
+    kept[1] = kept[1].replace("2,2,9,9", "0,0,19,19")  # a large object is drawn after the small ones
     (tmp_path / "boxes.csv").write_text("".join(kept))
     flags = ("--objects", tmp_path / "boxes.csv", "--data", folder, "--encoder", encoder)
     run(*flags, "--out", tmp_path / "out")
-    assert "note: 1 of 8 images have no box" in capsys.readouterr().out
+    assert "note: 3 of 8 images have no box" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results[str(encoder)]["all"]["images"] == 7
+    assert results[str(encoder)]["all"]["images"] == 5
+    (panels,) = drawn
+    assert all(len(pictures) == 5 for pictures in panels.values())
+    with Image.open(folder / kept[1].split(",")[0]) as image:
+        image = data.center_crop([16, 16])(data.from_pil(image))
+    assert_close(panels["image, box"][-1], image / 255)
 
 
 def test_a_probe_says_that_its_encoder_has_changed(folder, encoder, tmp_path, capsys):

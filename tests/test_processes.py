@@ -251,6 +251,22 @@ def test_a_loader_process_that_dies_costs_no_step(folder, tmp_path):
     assert checkpoint(tmp_path)["step"] == rows(tmp_path)[-1]["step"]  # the steps so far
 
 
+def test_too_many_broken_images_in_one_process_end_all(tmp_path):
+    """Each process counts its own; the one that has too many says which, and none waits for it."""
+    for i in range(120):
+        path = tmp_path / "bad" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        if i % 3 == 0:
+            path.write_text("nonsense")
+        else:
+            Image.new("RGB", (16, 16)).save(path)
+    flags = [*ENDLESS, "--data", tmp_path / "bad", "--out", tmp_path / "run", "--batch-size", 4]
+    output = Forked(2, tmp_path / "log", "train", *flags).finish(code=1, timeout=100)
+    assert "too many broken images: 11 of" in output and "Traceback" not in output
+    assert "the same command resumes" not in output
+    assert checkpoint(tmp_path / "run")["step"] > 0
+
+
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0
     if shutil.which("unshare")

@@ -301,7 +301,7 @@ def test_the_loss_is_a_mean_over_pixels_that_count_and_ignored_ones_have_no_grad
     torch.manual_seed(0)
     main, auxiliary = (
         cross_entropy(part, masks.long(), ignore_index=255, reduction="none").mean()
-        for part in model.scores(images)
+        for part in model.all_logits(images)
     )
     torch.manual_seed(0)
     assert_close(model(images, masks)[0], main + 0.4 * auxiliary)
@@ -365,12 +365,18 @@ def test_runs_write_what_was_promised_and_evaluating_gives_the_same_numbers(flag
         assert right == np.trace(matrix)
 
 
-def test_evaluating_takes_another_window(scenes, encoder, tmp_path):
+def test_evaluating_takes_another_window_but_no_other_model(scenes, encoder, tmp_path, capsys):
     run("--encoder", encoder, "--data", scenes, "--out", tmp_path / "run", "--head", "linear", "--epochs", 1)
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "slide")
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "whole", "--window", "whole")
     assert (confusion(tmp_path / "run") == confusion(tmp_path / "slide")).all()
     assert (confusion(tmp_path / "run") != confusion(tmp_path / "whole")).any()
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "same", "--head", "linear")
+    capsys.readouterr()
+    others = ("task", "detect", "segment"), ("head", "uper", "linear"), ("head-width", 8, None)
+    for flag, value, own in others:
+        run("--evaluate", tmp_path / "run", "--out", tmp_path / "other", f"--{flag}", value, code=2)
+        one_line(capsys, f"--{flag} {value}: {tmp_path / 'run'} has {own}; leave the flag out")
 
 
 def test_masks_that_count_from_0(scenes, encoder, tmp_path, capsys):
@@ -517,15 +523,26 @@ def test_broken_files_are_named_and_do_not_count(scenes, encoder, tmp_path, caps
 
 
 def test_every_file_gets_a_mask_of_its_own_whatever_its_name(scenes, encoder, tmp_path):
+    """With its ending where some differ in this alone, and with a number where not even then."""
     run("--encoder", encoder, "--data", scenes, "--out", tmp_path / "run", "--head", "linear", "--epochs", 1)
-    root, long = tmp_path / "named", "n" * 246
-    (root / "in").mkdir(parents=True)
-    for name in ("a.jpg", "a.png", "in/b.png", f"{long}.png"):
-        Image.fromarray(scene(500)[0]).save(root / name)
-    run("--evaluate", tmp_path / "run", "--predict", root, "--out", tmp_path / "out")
-    found = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert found == {"a.jpg.png", "a.png.png", "in-b.png", f"{long}.png"}
-    run("--evaluate", tmp_path / "run", "--predict", root / "a.jpg", "--out", tmp_path / "single")
+
+    def masks(*names):
+        shutil.rmtree(tmp_path / "named", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        for name in names:
+            (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(scene(500)[0]).save(tmp_path / "named" / name)
+        run("--evaluate", tmp_path / "run", "--predict", tmp_path / "named", "--out", tmp_path / "out")
+        return {path.name for path in (tmp_path / "out").glob("*.png")}
+
+    long = "n" * 251  # with the ending as long as a name can be
+    assert masks("a-b/c.jpg", "a/b-c.jpg") == {"0-a-b-c.jpg.png", "1-a-b-c.jpg.png"}
+    assert masks(f"{long}.png") == {f"{long[-250:]}.png"}
+    assert masks("a.jpg", "a.png", "in/b.png") == {"a.jpg.png", "a.png.png", "in-b.png"}
+    flags = ("--evaluate", tmp_path / "run", "--predict", tmp_path / "named", "--out", tmp_path / "named")
+    run(*flags, code=2)  # would replace a.png
+    single = tmp_path / "named" / "a.jpg"
+    run("--evaluate", tmp_path / "run", "--predict", single, "--out", tmp_path / "single")
     assert [path.name for path in (tmp_path / "single").glob("*.png")] == ["a.png"]
 
 

@@ -166,6 +166,7 @@ def test_a_loss_of_visible_patches(fork, folder, tmp_path):
 def test_the_encoder_in_other_code_as_printed(layer_scale, tmp_path, tmp_path_factory, monkeypatch, capsys):
     pytest.importorskip("timm")
     (snippet,) = [block for block in blocks(README, "python") if "load_encoder" in block]
+    (in_timm,) = [block for block in blocks(README, "python") if "VisionTransformer" in block]
     project = tmp_path / "path" / "to" / "this" / "project"
     (project / "runs" / "mixedae").mkdir(parents=True)
     shape = ((32, 48), 8, 32, 2, 2, 3, 4.0, layer_scale)
@@ -173,6 +174,9 @@ def test_the_encoder_in_other_code_as_printed(layer_scale, tmp_path, tmp_path_fa
     to_pil_image(torch.randint(256, (3, 90, 70), dtype=torch.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    exec(compile(snippet, "README.md", "exec"), {})
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["feature"].shape == (1, 32)
+    exec(compile(in_timm, "README.md", "exec"), names)
     assert capsys.readouterr().out == "torch.Size([1, 1, 32]) torch.Size([1, 24, 32])\n"
     assert sys.modules["vit"] is vit
