@@ -47,7 +47,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from vit import UserError, one_line, print_rank0, unit_float
+from vit import UserError, bounded, one_line, print_rank0, unit_float
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -438,6 +438,13 @@ def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
         metavar=("MIN", "MAX"),
         help="share of the image that a random crop covers (MAE: .2 to 1)",
     )
+
+
+def add_statistics_args(add, what, mean=None, std=None):
+    """--mean and --std, for all programs. what: the help of --mean; mean, std: their defaults."""
+    three = dict(nargs=3, metavar=("R", "G", "B"))
+    add("--mean", type=unit_float, default=mean, help=what, **three)
+    add("--std", type=bounded(float, 1e-3, 1), default=std, help="the same, the deviation", **three)
 
 
 def check_data_args(parser, args):

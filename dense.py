@@ -80,12 +80,13 @@ from data import (
     writing,
 )
 from finetune import (
+    Tested,
     add_encoder_args,
+    add_layer_args,
     check_encoder_args,
     confusion_matrix,
     example_of,
     init_linear,
-    keep_best,
     layer_decay_groups,
     load_finished,
     open_encoder,
@@ -516,7 +517,7 @@ class DenseEvalDataset(TrainDataset):
 
 
 @dataclass
-class Task:
+class Task(Tested):
     """A model, the images that it is tested on, and what both tasks do alike."""
 
     args: argparse.Namespace
@@ -540,26 +541,13 @@ class Task:
         shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
         return self.images_at(shares[dist.get_rank()].tolist(), consequence)
 
-    def test(self, run, epoch_ends):
-        """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
-        if not epoch_ends:
-            return {}
-        metrics = self.results(folder=None)
-        keep_best(run, metrics[self.metric], self.finished)
-        self.model.train()
-        return metrics
+    def measure(self, folder):
+        """The numbers of the test set, for `Tested.test`. At an epoch's end it writes best.pt alone."""
+        return self.results(folder=None)
 
     def finished(self):
-        """What best.pt holds: all that --evaluate needs."""
-        return {
-            "model": self.model.state_dict(),
-            "config": self.model.encoder.config,
-            "info": self.info,
-            "args": vars(self.args),
-            "classes": self.test_set.classes,
-            "category_ids": getattr(self.test_set, "category_ids", None),
-            "metric": self.metric,
-        }
+        """What best.pt holds; for detection also COCO's ids of the classes."""
+        return {**super().finished(), "category_ids": getattr(self.test_set, "category_ids", None)}
 
     def draw_examples(self, folder, name, legend=()):
         """pictures/NAME: image, truth if it is known, and prediction of up to eight test images. legend: see
@@ -882,16 +870,7 @@ def parse_args(argv=None):
         help="channels of UperNet [the encoder's width], or of the neck and the heads of Mask R-CNN (the "
         "papers: 256)",
     )
-    add(
-        "--layer-decay",
-        type=bounded(float, 1e-6, 1),
-        help="each layer below the head learns at this much of the rate above it",
-    )
-    add(
-        "--drop-path",
-        type=bounded(float, 0, 0.99),
-        help="stochastic depth of the last block, rising linearly from 0 in the first",
-    )
+    add_layer_args(add)
     if task == "segment":
         add(
             "--first-label",

@@ -90,6 +90,7 @@ from data import (
     RunFolder,
     TrainDataset,
     add_data_args,
+    add_statistics_args,
     broken_name,
     center_crop,
     check_data_args,
@@ -134,6 +135,7 @@ from vit import (
     natural_float,
     one_line,
     pack_encoder,
+    patch_attention,
     print_rank0,
     read_shape,
     rename,
@@ -361,30 +363,34 @@ def erase(images, probability):
     """Random erasing: in each of the normalised images (B, C, height, width), with this probability, a random
     box is replaced by normal noise.
 
-    As in torchvision's RandomErasing the box is drawn with .02 to .33 of the image's area and a height of .3
-    to 3.3 times its width. (If it is longer than the image, torchvision draws again; here it is cut, and is
-    smaller then.) torchvision takes one image at a time, which keeps a GPU waiting; here one `torch.where`
-    erases the whole batch.
+    As in torchvision's RandomErasing the box covers .02 to .33 of the image, and its height is .3 to 3.3
+    times its width. torchvision takes one image at a time, which keeps a GPU waiting; here one `torch.where`
+    erases the boxes of the whole batch.
     """
-    B, _, height, width = images.shape
+    height, width = images.shape[2:]
 
-    # Draw area and aspect, which give the sides; cut a side that is longer than the image's.
-    area = height * width * torch.empty(B).uniform_(0.02, 0.33)
-    aspect = torch.empty(B).uniform_(math.log(0.3), math.log(3.3)).exp()
+    # Choose the images, b of them.
+    chosen = (torch.rand(len(images)) < probability).nonzero().flatten()  # (b,)
+
+    # Draw area and aspect of each box, hence its sides; a side that is longer than the image's is cut.
+    area = height * width * torch.empty(len(chosen), 1).uniform_(0.02, 0.33)
+    aspect = torch.empty(len(chosen), 1).uniform_(math.log(0.3), math.log(3.3)).exp()
     h = (area * aspect).sqrt().round().clamp(max=height)
     w = (area / aspect).sqrt().round().clamp(max=width)
 
-    # Draw where the box begins, and which images have one.
-    top = (torch.rand(B) * (height - h + 1)).floor()
-    left = (torch.rand(B) * (width - w + 1)).floor()
-    chosen = torch.rand(B) < probability
-
-    # Mark the rows and the columns of each box; a pixel is inside if its row and its column are marked.
+    # Draw where it begins, and mark its rows and columns; a pixel is inside if both of its own are marked.
+    top = (torch.rand(len(chosen), 1) * (height - h + 1)).floor()
+    left = (torch.rand(len(chosen), 1) * (width - w + 1)).floor()
     y, x = torch.arange(height), torch.arange(width)
-    rows = (y >= top[:, None]) & (y < (top + h)[:, None]) & chosen[:, None]  # (B, height)
-    columns = (x >= left[:, None]) & (x < (left + w)[:, None])  # (B, width)
-    inside = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device)  # (B, 1, height, width)
-    return torch.where(inside, torch.randn_like(images), images)
+    rows = (y >= top) & (y < top + h)  # (b, height)
+    columns = (x >= left) & (x < left + w)  # (b, width)
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # (b, 1, height, width)
+
+    # Erase.
+    chosen = chosen.to(images.device)
+    before = images[chosen]  # (b, C, height, width)
+    after = torch.where(inside.to(images.device), torch.randn_like(before), before)
+    return images.index_copy(0, chosen, after)
 
 
 def augmented(images, labels, args, info, classes, multi_label):
@@ -586,20 +592,41 @@ def start_testing(model):
     model.eval()
 
 
-def keep_best(run, value, content):
-    """Write content() to best.pt if the test result is the best so far, as MAE's code does."""
-    if value >= run.state["best"]:  # of equal results the last
-        run.state["best"] = value
-        saved = {**content(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
-        if run.folder:
-            run.folder.write("best.pt", lambda file: torch.save(saved, file))
+class Tested:
+    """What `Task` and the tasks of dense.py do alike. Each has args, model, info (of the encoder), test_set,
+    metric (which chooses best.pt), and measure(folder), which returns the numbers of the test set."""
+
+    def test(self, run, epoch_ends):
+        """For the loop: at an epoch's end the numbers of the test set. The best model so far is written to
+        best.pt, as in MAE's code."""
+        if not epoch_ends:
+            return {}
+        numbers = self.measure(run.folder)
+        self.model.train()
+        if numbers[self.metric] >= run.state["best"]:  # of equal results the last
+            run.state["best"] = numbers[self.metric]
+            saved = {**self.finished(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
+            if run.folder:
+                run.folder.write("best.pt", lambda file: torch.save(saved, file))
+        return numbers
+
+    def finished(self):
+        """What best.pt holds: all that --evaluate needs."""
+        return {
+            "model": self.model.state_dict(),
+            "config": self.model.encoder.config,
+            "info": self.info,
+            "args": vars(self.args),
+            "classes": list(self.test_set.classes),
+            "metric": self.metric,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------
 # One run
 # ------------------------------------------------------------------------------------------------------------
 @dataclass
-class Task:
+class Task(Tested):
     """A classifier, and the samples that it is trained and tested on."""
 
     args: argparse.Namespace
@@ -610,20 +637,15 @@ class Task:
     test_set: LabeledDataset
     metric: str  # chooses best.pt
 
+    @property
+    def info(self):
+        return self.model.info
+
     def measure(self, folder):
         """The numbers of the test set, {metric: per cent}. folder: see `report`."""
         start_testing(self.model)
         scores = predict_logits(self.model, self.test_samples, self.args, self.device)
-        self.model.train()
         return report(folder, scores, self.test_set, self.metric)
-
-    def test(self, run, epoch_ends):
-        """For the loop: at an epoch's end the numbers of the test set, and best.pt."""
-        if not epoch_ends:
-            return {}
-        numbers = self.measure(run.folder)
-        keep_best(run, numbers[self.metric], self.finished)
-        return numbers
 
     def results(self, folder):
         """What results.json holds. Rank 0, which has the folder, writes the other files of a finished run."""
@@ -642,21 +664,10 @@ class Task:
         votes = nearest_neighbours(seen, known, unseen, len(self.test_set.classes))
         return {**results, f"knn_{self.metric}": compute_metrics(votes, labels, self.metric)[self.metric]}
 
-    def finished(self):
-        """What best.pt holds: all that --evaluate needs."""
-        return {
-            "model": self.model.state_dict(),
-            "config": self.model.encoder.config,
-            "info": self.model.info,
-            "args": vars(self.args),
-            "classes": list(self.test_set.classes),
-            "metric": self.metric,
-        }
-
     def export(self):
         """encoder.pt of a fine-tuned encoder, for a probe or as a teacher of MR-MAE. A LayerNorm that was
         trained on means becomes its last one, and is applied to each token from now on."""
-        encoder, info = copy.deepcopy(self.model.encoder), self.model.info
+        encoder, info = copy.deepcopy(self.model.encoder), self.info
         if info["feature"] == "mean":
             encoder.norm = self.model.fc_norm
         method = f"{info['method']}-finetune"
@@ -973,14 +984,6 @@ def read_boxes(path, dataset, folder):
     return [boxes.get(name, []) for name in names]
 
 
-def patch_attention(encoder, images):
-    """The attention of the last block on normalised images (B, 3, height, width), mean over heads, with the
-    patches alone as keys -> (B, N, L), each row with the sum 1. Row 0 is CLS's, if the encoder has one."""
-    attention = encoder.features(images, attention=True)["attention"]  # (B, H, N, N)
-    attention = attention.float().mean(dim=1)[:, :, encoder.num_prefix_tokens :]  # (B, N, L)
-    return attention / attention.sum(dim=2, keepdim=True)
-
-
 def patch_areas(boxed, grid):
     """Samples of `BoxedImages` (B, 4, height, width) -> how much of each patch the box covers, (B, L)."""
     return F.adaptive_avg_pool2d((boxed[:, 3] > 127).float(), grid).flatten(1)
@@ -1095,10 +1098,10 @@ def measure_objects(args, device):
 # A first reading may stop here. What follows: flags, encoders of every layout, the sets of MixedAE Table 2.
 # ============================================================================================================
 # What differs between the protocols. The batches and the 10 epochs of fine-tuning are ours, for a laptop;
-# those of the papers are in docs/recipes.md.
+# those of the papers are in docs/recipes.md. The other numbers of fine-tuning are those of MAE's code.
 PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # MAE's code, and CAE's
 DEFAULTS = {
-    "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05),  # MAE's code
+    "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
     "linear": PROBE,
     "attentive": PROBE,
 }
@@ -1116,20 +1119,10 @@ def add_encoder_args(parser, nargs=None):
     )
     add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
     add("--predict", metavar="IMAGES", help="with --evaluate: predict the images of this folder, or this one")
-    add(
-        "--mean",
-        type=unit_float,
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's "
-        "augreg files want .5 .5 .5]",
-    )
-    add(
-        "--std",
-        type=bounded(float, 1e-3, 1),
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="the same, the deviation",
+    add_statistics_args(
+        add,
+        "what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's augreg "
+        "files want .5 .5 .5]",
     )
 
 
@@ -1212,21 +1205,24 @@ def parse_args(argv=None):
     return args
 
 
-def add_finetune_args(add):
-    """The defaults are those of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows. CAE's
-    (Appendix A) are the same."""
+def add_layer_args(add):
+    """Flags of a trained encoder, here and in dense.py; their defaults stand in DEFAULTS."""
     add(
         "--layer-decay",
         type=bounded(float, 1e-6, 1),
-        default=0.65,
         help="each layer below the head learns at this much of the rate above it",
     )
     add(
         "--drop-path",
         type=bounded(float, 0, 0.99),
-        default=0.1,
         help="stochastic depth of the last block, rising linearly from 0 in the first",
     )
+
+
+def add_finetune_args(add):
+    """The defaults are those of MAE's code for ViT-B at 224 pixels, which MixedAE Sec. 4.2 follows. CAE's
+    (Appendix A) are the same."""
+    add_layer_args(add)
     add("--smoothing", type=unit_float, default=0.1, help="label smoothing")
     add("--mixup", type=natural_float, default=0.8, help="alpha of MixUp; 0: off")
     add(

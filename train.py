@@ -59,6 +59,7 @@ from data import (
     RunFolder,
     TrainDataset,
     add_data_args,
+    add_statistics_args,
     available_cores,
     center_crop,
     check_data_args,
@@ -96,7 +97,6 @@ from vit import (
     print_rank0,
     resolve_sizes,
     strip_prefixes,
-    unit_float,
     unpack_encoder,
 )
 
@@ -1096,22 +1096,7 @@ def parse_args(argv=None, base=()):
         help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published "
         "file of MAE or MCMAE (for --method cae of CAE)",
     )
-    add(
-        "--mean",
-        type=unit_float,
-        nargs=3,
-        default=list(MEAN),
-        metavar=("R", "G", "B"),
-        help="of the images; ImageNet's",
-    )
-    add(
-        "--std",
-        type=bounded(float, 1e-3, 1),
-        nargs=3,
-        default=list(STD),
-        metavar=("R", "G", "B"),
-        help="the same, the deviation",
-    )
+    add_statistics_args(add, "of the images; ImageNet's", list(MEAN), list(STD))
     add(
         "--val-images",
         type=natural_int,

@@ -529,13 +529,18 @@ class ViT(nn.Module):
 
 
 @torch.no_grad()
-def cls_attention(encoder, images):
-    """Where CLS looks (MixedAE Fig. 5): attention of the last block, mean over heads, CLS as the query and
-    the patches as keys. images (B, C, h p, w p) normalised -> (B, h, w), each map with the sum 1."""
+def patch_attention(encoder, images):
+    """The attention of the last block, mean over heads, with the patches alone as keys. images (B, C, h p,
+    w p) normalised -> (B, N, L), each row with the sum 1. Row 0 is that of CLS, if the encoder has one."""
     attention = encoder.features(images, attention=True)["attention"]  # (B, H, N, N)
-    patches = attention.float().mean(dim=1)[:, 0, 1:]  # (B, L); the CLS key is dropped
-    patches = patches / patches.sum(dim=1, keepdim=True)
-    return rearrange(patches, "b (h w) -> b h w", h=images.shape[-2] // encoder.patch_size)
+    attention = attention.float().mean(dim=1)[:, :, encoder.num_prefix_tokens :]  # (B, N, L)
+    return attention / attention.sum(dim=2, keepdim=True)
+
+
+def cls_attention(encoder, images):
+    """Where CLS looks (MixedAE Fig. 5): its row of `patch_attention`, as maps (B, h, w) with the sum 1."""
+    maps = patch_attention(encoder, images)[:, 0]  # (B, L)
+    return rearrange(maps, "b (h w) -> b h w", h=images.shape[-2] // encoder.patch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------
