@@ -33,7 +33,7 @@ The paper's targets are tokens. Pixels (its Table 9) are our default, because th
     Z_m                 out["predicted"]
     Z_m with a bar      out["target"]. Beware: not the paper's "targets", which are Y_m with a bar
     Y_m with a bar      `targets`, by `CAE.targets`; --target chooses their kind
-    l_y, l_z, lambda    decoding_loss, alignment_loss, align_weight (--align-weight)
+    l_y, l_z, lambda    decoding_loss, alignment_loss, align_weight (--align-weight); the sum: CAE.forward
     sg[ ]               stop gradient: the last pass of `CAE.predict` is under torch.no_grad
     masking             block_mask
     tokenizer           DVAE or DalleEncoder: open_tokenizer opens it, `CAE.targets` asks it
@@ -115,8 +115,9 @@ def block_mask(batch, grid, count, tries=400):
     = hidden, with exactly `count` hidden patches in each row.
 
     Random boxes are hidden one after the other until `count` patches are. While R patches are missing:
-      - The area of the next box is uniform between 16 patches and R, also if R < 16. (16 is for the paper's
-        196 patches; on another grid it is the same share of L.)
+      - The area of the next box is uniform between 16 patches and R. If R < 16 it lies above R, and the box
+        can be taken only if enough of it is hidden already. (16 is for the paper's 196 patches; on another
+        grid it is the same share of L.)
       - Its aspect ratio is log-uniform between .3 and 1 / .3, and its place is uniform.
       - It is hidden if it is smaller than the grid on both sides and hides at least one and at most R patches
         more.
@@ -171,8 +172,10 @@ class CrossBlock(Residual):
     """A block of the regressor H (Sec. 3.1). Queries are the Z_m of the block before, in the first block the
     mask queries Q_m; keys and values are [Z_v, Z_m]. Z_v is read and never changed.
 
-    Positions are added to queries and keys and not to values, so they act on the attention weights alone. One
-    detail is not in the paper but in CAE's code: norm2 stands on the main path, see `forward`.
+    `CrossAttention` (in vit.py, behind the line where a first reading may stop) is ordinary attention whose
+    queries, keys and values come from three inputs; its keys have no bias. Positions are added to queries and
+    keys and not to values, so they act on the attention weights alone. Not in the paper but in CAE's code are
+    the LayerNorms of queries, keys and values, layer scale, and norm2 on the main path (see `forward`).
     """
 
     def __init__(self, dim, heads, layer_scale):
@@ -204,13 +207,12 @@ class Regressor(nn.Module):
 
     def __init__(self, width, depth, heads, layer_scale):
         super().__init__()
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))  # Q_m; `CAE.initialise` fills it
         self.blocks = nn.ModuleList(CrossBlock(width, heads, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)  # F ends in a LayerNorm, too, so both sides of l_z do
 
     def forward(self, visible, pos_visible, pos_hidden):
-        # Q_m has the type of Z_v: under autocast on the CPU Z_v comes out of `CAE.project` in 16 bits.
-        x = self.mask_token.to(visible.dtype).expand_as(pos_hidden)  # Q_m, (B, U, Dd)
+        x = self.mask_token.expand_as(pos_hidden)  # Q_m, (B, U, Dd)
         for block in self.blocks:
             x = call_block(block, x, pos_hidden, visible, pos_visible)
         return self.norm(x)
@@ -273,10 +275,11 @@ class CAE(nn.Module):
 
         # Open the tokenizer. It is frozen, so it stands in a plain list, as MR-MAE's teachers do: thus it
         # stays out of the state dict, the optimizer, DDP and model.train().
-        tokenizer = open_tokenizer(args.target)  # None if the targets are pixels
+        tokenizer = open_tokenizer(args.target)  # None with --target rgb
         self.tokenizers = [tokenizer]
 
-        # Choose what G predicts: one of `vocabulary` tokens, or pixels if that is None.
+        # Choose what G predicts: tokens if a vocabulary is known, else pixels. Its size comes with the
+        # tokenizer or, where a caller of `forward` gives the ids himself, from --vocabulary.
         self.vocabulary = tokenizer.vocabulary if tokenizer else args.vocabulary
         self.output = "logits" if self.vocabulary else "pixels"  # the key of Y_m in what `predict` returns
 
@@ -546,7 +549,7 @@ class CAE(nn.Module):
         )
         add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
         parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
-        parser.set_defaults(epochs=2)  # ours: a laptop's two minutes
+        parser.set_defaults(epochs=2)  # ours, for a laptop
 
 
 # ============================================================================================================
@@ -588,11 +591,11 @@ class DVAE(nn.Module):
     """The discrete VAE of CAE's code (--method dvae), which turns an image into tokens and back.
 
         images (B, 3, height, width) in [0, 1]
-            -- three convolutions of stride 2, residual blocks ----------> logits (B, K, h, w)
+            -- three convolutions of stride 2, residual blocks, 1 x 1 ---> logits (B, K, h, w)
             -- Gumbel-softmax: a relaxed draw of one token --------------> weights (B, K, h, w)
             -- sum of the K code vectors with these weights -------------> (B, E, h, w)
             -- 1 x 1 convolution, residual blocks,
-               three transposed convolutions ----------------------------> images again
+               three transposed convolutions, 1 x 1 ---------------------> images again
         loss = squared error + --kl-weight x diversity
         diversity = sum over k of p_k log p_k, p (K,) the mean of softmax(logits) over batch and places
 
@@ -603,7 +606,7 @@ class DVAE(nn.Module):
     one token has all the probability. It stands where a VAE has its KL term, hence the flag's name.
     """
 
-    export_file = "tokenizer.pt"
+    export_file = "tokenizer.pt"  # the name under which train.py saves what `export` returns
 
     def __init__(self, args):
         super().__init__()
@@ -620,7 +623,7 @@ class DVAE(nn.Module):
         self.mean = args.mean
         self.std = args.std
 
-        # The encoder that CAE's code loads, and a decoder that mirrors it.
+        # Build the layers of CAE's code: an encoder, and a decoder that mirrors it.
         width = args.channels  # E
         down = []
         up = []
@@ -711,7 +714,7 @@ class DVAE(nn.Module):
         )
         add("--residual-blocks", type=natural_int, default=2, help="on each side (CAE's code)")
         add("--kl-weight", type=natural_float, default=3e-4, help="weight of the diversity term (ours)")
-        parser.set_defaults(epochs=2)  # ours: a laptop's minute and a half
+        parser.set_defaults(epochs=2)  # ours, for a laptop
 
 
 class DalleBlock(nn.Module):

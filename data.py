@@ -203,8 +203,8 @@ class Shapes:
         u = cos * (x - cx) + sin * (y - cy)
         v = cos * (y - cy) - sin * (x - cx)
 
-        # Blend in a texture of its own, with an edge one pixel wide. `inside` is in radii of the object, and
-        # half the short side is 1: the factor behind it makes pixels of it.
+        # Blend in a texture of its own, with an edge one pixel wide. `inside` is a distance in radii of the
+        # object: times `radius` it is in halves of the short side, and times half the short side in pixels.
         inside = list(SHAPES.values())[label](u, v)  # (height, width)
         alpha = np.clip(0.5 + inside * radius * min(self.image_size) / 2, 0, 1)  # (height, width)
         canvas = (1 - alpha) * canvas + alpha * self.texture(rng)
@@ -340,9 +340,9 @@ class TrainDataset:
 
 
 def collate(samples):
-    """Samples -> images (B, 3, height, width) uint8, labels (B,) or masks (B, height, width), names of broken
-    ones. If labels are dicts of objects, images and labels are lists. If a sample could not be made, both are
-    None."""
+    """Samples -> images uint8 (B, 3, height, width); labels (B,), with several labels per image (B, classes),
+    or masks (B, height, width); and the names of broken samples. If labels are dicts of objects, images and
+    labels are lists. If a sample could not be made, images and labels are None."""
     images, labels, broken = zip(*samples)
     names = sum(broken, [])
     if any(image is None for image in images):
@@ -783,9 +783,9 @@ COLOURS = [
 
 
 def fixed_images(dataset, image_size, count):
-    """The same `count` images of a set each time, centred -> uint8 (count, 3, height, width); and of `shapes`
-    the masks of the objects, bool (count, height, width), else None. They are drawn at random, because files
-    are sorted by class and the first ones would all be of one class."""
+    """The same `count` images of a set each time, centred -> uint8 (count, 3, height, width); and the masks
+    of their objects, bool (count, height, width), or None if the set is not `shapes`. The images are picked
+    at random, because files are sorted by class and the first ones would all be of one class."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
     samples = TrainDataset(dataset, center_crop(image_size))  # broken ones are replaced
     images, _ = BrokenImages().count(*collate([samples[0, i] for i in order]))

@@ -542,7 +542,8 @@ class Task(Tested):
         return self.images_at(shares[dist.get_rank()].tolist(), consequence)
 
     def measure(self, folder):
-        """The numbers of the test set, for `Tested.test`. At an epoch's end it writes best.pt alone."""
+        """The numbers of the test set, for `Tested.test`. No file is written: confusion.csv, predictions.json
+        and pictures come once, at the end of the run."""
         return self.results(folder=None)
 
     def finished(self):
@@ -1075,7 +1076,8 @@ def judge_masks(where, seen, classes, first_label):
     if labels <= {0, IGNORE} and (labels != {0} or first_label != "0"):
         raise UserError(
             f"{said}, so there is nothing to learn (255 is always ignored, 0 unless --first-label 0); write "
-            f"into each pixel the number of its class, which is its line in classes.txt"
+            f"into each pixel the number of its class, which is its line in classes.txt (one less with "
+            f"--first-label 0)"
         )
     zeros = sum(0 in labels_of_mask for labels_of_mask in seen)
     if not first_label and k not in labels and len(labels) > 0.8 * k and zeros > len(seen) / 2:

@@ -480,7 +480,8 @@ def predict_dataset(function, dataset, args, device, leave_out=False):
     float32, in the order of the set, on every process.
 
     The processes share the work, and each sample is looked at once, however many there are. A broken image
-    counts as a black one; with leave_out, --predict or --objects its row is NaN.
+    counts as a black one; with leave_out, --predict or --objects its row is NaN. (Cached features have their
+    labels in the place of what says that a sample is broken; for them leave_out is never set.)
     """
     leave_out = leave_out or args.predict or args.objects
     consequence = "it is left out" if leave_out else "it counts as a black image"
@@ -1037,9 +1038,9 @@ def look(encoder, info, boxed):
 
 
 def measure_objects(args, device):
-    """--objects: nothing is trained; all encoders see the same held-out images, each at its own image size
-    -> exit code. results.json has what `average_shares` says of each encoder; pictures/objects.png shows
-    what `object_panels` draws of eight images, those with a small object first."""
+    """--objects: nothing is trained; all encoders see the same images (of val/, if there is one), each at its
+    own image size -> exit code. results.json has what `average_shares` says of each encoder;
+    pictures/objects.png shows what `object_panels` draws of eight images, those with a small object first."""
     # Open the encoders, the images and their boxes.
     opened = {}
     for path in args.encoder:
@@ -1099,7 +1100,7 @@ def measure_objects(args, device):
 # ============================================================================================================
 # What differs between the protocols. The batches and the 10 epochs of fine-tuning are ours, for a laptop;
 # those of the papers are in docs/recipes.md. The other numbers of fine-tuning are those of MAE's code.
-PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # MAE's code, and CAE's
+PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # but for the batch MAE's code, and CAE's
 DEFAULTS = {
     "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
     "linear": PROBE,
@@ -1163,9 +1164,9 @@ def parse_args(argv=None):
         add(
             "--cache-features",
             action="store_true",
-            help="compute the features once, of the whole image: no augmentation, but seconds instead of "
-            "minutes. They lie in the memory of each process, and at first of its card: attentive, ViT-B at "
-            "224 pixels, .6 MB per image; else 3 kB",
+            help="compute the features once, of the crop that is tested: no augmentation, but seconds "
+            "instead of minutes. They lie in the memory of each process, and at first of its card: "
+            "attentive, ViT-B at 224 pixels, .6 MB per image; else 3 kB",
         )
     defaults = DEFAULTS[protocol]
     parser.set_defaults(
@@ -1531,8 +1532,8 @@ def open_labelled(name, args):
         held_out = found if held_out is None and args.evaluate else held_out
         if not found.classes or held_out and not held_out.classes:
             raise UserError(
-                f"--data {name}: has no labels; a labelled folder has one folder per class below train/ and "
-                "val/"
+                f"--data {name}: has no labels; below train/ and val/ there must be one folder per class, "
+                "and no image beside these folders"
             )
         if held_out is None:
             raise UserError(

@@ -14,7 +14,7 @@ n images (Fig. 2). The training loop is `train_loop` in train.py; each of its st
     r                    args.mixing_ratio, the share of a mixed image that each of its images gives
     1/r                  n, the number of images in a group, which are mixed
     j                    the first axis, of length G: the functions below treat all j at once
-    x_i^j                groups[j, i], image i of group j; in full mode j counts mixed images
+    x_i^j                groups[j, i]: image i of the group that mixed image j is made of
     M                    sources: which image gives each patch, 0 .. n-1 (the paper counts 1 .. 1/r)
     1(M = i)             indicator(sources, n)[:, i]
     x_hat, z_hat         mixed, z (after the final LayerNorm; z_pre_ln before it)
@@ -26,7 +26,9 @@ n images (Fig. 2). The training loop is `train_loop` in train.py; each of its st
 
 G counts mixed images. In compose mode each of the B r groups gives one mixed image, so G = B r. In full mode
 (Sec. 3.2, Fig. 4) each group is mixed n times, each time with a new M, so G = B. The tensor `groups` then
-holds every group n times; all other code is the same.
+holds every group n times, and `predict` takes and returns M as (B r, n, L); the losses see (G, L), as in
+compose mode. For the encoder a mixed image is one image with all its patches visible: B, V and N of vit.py
+are G, L and 1 + L.
 
     images (B, C, height, width)
         -- patchify; n consecutive images are a group ------> groups    (G, n, L, P)
@@ -45,15 +47,17 @@ See the shapes:     python mixedae.py                    (or: python mixedae.py 
 Naive mixing:       add --topk 1 --homocon-weight 0 --no-segment-embedding      (the baseline of Sec. 3.1)
 
 The log shows `recon` (Eq. 4), `homocon` (Eq. 7) beside `homocon_floor`, its lower bound log(r L - 1), and
-`accuracy`, the sampling accuracy of Fig. 6; a random choice of keys would score r.
+the sampling accuracy of Fig. 6, where a random choice of keys would score r: `accuracy` of the last layer
+(Fig. 6b) and `accuracy_layers` of each (Fig. 6a).
 
 A new mask is another way to fill `sources` in `MixedAE.predict`, where `draw_sources` is called. Every image
 must still give r L patches, because Eq. 7 and its bound rely on it. docs/your-own.md has an example. A new
 loss is one more paragraph of `MixedAE.forward`, and one more term in the sum at its end.
 
-Eq. 6 is in vit.py: `Attention.homologous_attention`. Eq. 5 is a statement about data and not about the
-network, so it is checked in tests/test_mixedae.py (test_eq_5_...). What the paper leaves open is listed at
-the end of this file.
+Eq. 6 is in vit.py: `Attention.homologous_attention`. Training runs `fused_attention` below it, which computes
+the same; a change of Eq. 6 belongs in both. Eq. 5 is a statement about data and not about the network, so it
+is checked in tests/test_mixedae.py (test_eq_5_...). What the paper leaves open is listed at the end of this
+file.
 """
 
 import argparse
@@ -232,8 +236,8 @@ def images_per_group(args, num_patches):
 
 def keys_per_query(args, num_patches):
     """K of Eq. 6, from --topk, which is K / L."""
-    # The 1e-6 absorbs rounding: .29 * 100 is 28.999..., which int() would make 28.
-    k = int(args.topk * num_patches + 1e-6)
+    # Round down, but let .333 stand for a third, and .29 * 100, which is 28.999..., for 29.
+    k = int((args.topk + 1e-3) * num_patches)
     if k < 1:
         raise UserError(f"--topk {args.topk}: K = topk x L, L = {num_patches}, must keep at least 1 key")
     return k
@@ -374,7 +378,7 @@ class MixedAE(nn.Module):
             "pred"      (G n, L, P)
             "target"    (G n, L, P)
 
-        G counts the groups and, in full mode, the n masks of each; G n counts, for each of these, n images.
+        G counts mixed images, as at the top of this file. Each of them is unmixed into n images: G n.
         """
         n = self.n
         if len(images) % n:
@@ -400,13 +404,13 @@ class MixedAE(nn.Module):
         # Embed, and mark the patches of each image with its segment embedding (Sec. 3.2).
         tokens = self.encoder.embed(mixed_images)  # (G, L, D)
         if self.segments is not None:
-            tokens = tokens + F.embedding(sources, self.segments)  # adds segments[sources], (G, L, D)
+            tokens = tokens + F.embedding(sources, self.segments)  # segments[sources], faster on a GPU
 
         # Encode. All blocks but the first ones use homologous attention (Eq. 6).
         z_pre_ln, _ = self.encoder.forward_blocks(tokens)  # (G, 1 + L, D)
         z = self.encoder.norm(z_pre_ln)  # (G, 1 + L, D)
         out = {"mixed": mixed, "sources": sources, "z": z, "z_pre_ln": z_pre_ln}
-        if self.masks_per_group > 1:
+        if self.masks_per_group > 1:  # return M in the shape in which `mask` takes it
             out["sources"] = sources.unflatten(0, (-1, n))  # (B r, n, L)
 
         # Unmix (Eq. 3) and decode, each image as a sequence of its own. Eq. 4 compares the predictions with
@@ -492,11 +496,12 @@ class MixedAE(nn.Module):
     # ========================================================================================================
     def visualize(self, images):
         """images (B, C, height, width) -> {title: pictures (b, 3, height, width) in [0, 1]}: the images, the
-        mixed image of their group, the source of each patch (one colour per image), and the reconstructions.
+        mixed image of their group, the source of each patch (one colour per image, of eight), and the
+        reconstructions.
 
         The last images are left out if they do not fill a group; then b < B. In full mode the first mixed
         image of each group is shown. With norm_pix the reconstruction takes each patch's true mean and
-        standard deviation, so its colours are not predicted.
+        standard deviation, one of each over all its values: its brightness and contrast are not predicted.
         """
         n = self.n
         p = self.encoder.patch_size

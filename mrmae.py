@@ -43,8 +43,8 @@ hidden ones, and the two do not compete for the same tokens.
     Masked Convolution   vit.ConvStem, with --stem conv (MAE with it is MCMAE); vit.ConvBlock.forward zeroes
                          the hidden places
 
-The first two of these three tricks are on by default: that is row 4 of Table 3. --stem conv adds the third:
-row 7 and, after 400 epochs, the model of Table 1.
+The last three rows are the tricks of Sec. 3.3. The first two of them are on by default: that is row 4 of
+Table 3. --stem conv adds the third: row 7 and, after 400 epochs, the model of Table 1.
 
 Run it (on the drawn set `shapes`, on a laptop):
     python train.py --method mae                                    # makes the teacher of the next line
@@ -53,9 +53,9 @@ A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FI
 `train_loop` in train.py; each of its steps calls `MRMAE.forward`.
 
 How to read `mimic` in the log: each token of the targets has mean 0 and variance 1, so 1 is the loss of a
-head that predicts zeros. A new head starts at about 2. A value below 1 does not yet prove that the head tells
-patches apart: if the teacher's features differ little between patches, always predicting their mean gives
-such a value, too.
+head that predicts zeros. A new head starts at about 1 + 2 D / (D + Dt): at 2 if student and teacher are
+equally wide. A value below 1 does not yet prove that the head tells patches apart: if the teacher's features
+differ little between patches, always predicting their mean gives such a value, too.
 
 `python mrmae.py` prints the shapes of what `predict` returns. Where the paper is silent, the list at the end
 of this file says what we do and why.
@@ -190,7 +190,8 @@ class MAE(nn.Module):
         _, outputs = self.encoder.forward_blocks(x, self.fuse_layers)
         x = sum(outputs)  # (B, 1 + V, D)
 
-        # Add the finer stages, as MCMAE does, to the patches and not to CLS.
+        # Add the finer stages, as MCMAE does, to the patches and not to CLS. This belongs to the convolution
+        # stem and is not the multi-layer fusion of Sec. 3.3.
         if stages:
             fine = sum(conv(stage) for conv, stage in zip(self.stage_fusion, stages))  # (B, D, h, w)
             fine = gather_tokens(rearrange(fine, "b d h w -> b (h w) d"), ids)  # (B, V, D)
@@ -223,8 +224,8 @@ class MAE(nn.Module):
     def pictures(self, images, out):
         """The pictures of `visualize`, from what `predict` gave; the reconstruction only if there is one.
 
-        With norm_pix the reconstruction borrows the true mean and standard deviation of each hidden patch:
-        its colours are not predicted.
+        With norm_pix the reconstruction borrows the true mean and standard deviation of each hidden patch,
+        one of each over all its values: its brightness and its contrast are not predicted.
         """
         # Paint the hidden patches in the mean colour, which is 0 once normalised.
         p = self.encoder.patch_size
@@ -379,7 +380,8 @@ def resize_features(features, old_grid, new_grid):
 
 class MRMAE(MAE):
     """MR-MAE: MAE with a teacher. The teacher's CLS attention chooses the visible patches, and a linear head
-    predicts the teacher's features of these patches from E_v. The ablations of Tables 3 and 4 are flags."""
+    predicts the teacher's features of these patches from E_v. The ablations of Tables 3 and 4 are flags, but
+    for two: row 1 of Table 3 is --method mae, "Sep." of Table 4 is finetune.py --evaluate with two runs."""
 
     def __init__(self, args):
         super().__init__(args, conv_cls=True)
@@ -416,11 +418,18 @@ class MRMAE(MAE):
         """Every tensor of Fig. 2.
 
         images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None: as --visible says;
-        features: what `ask` returns for each teacher, or None to ask them here.
+        features: for each teacher what `ask` returns for all L patches, or None to ask the teachers here.
 
-        Returns latent, E_v with CLS in front (B, 1 + V, D); mimicked L(E_v) and features F_v: lists, for each
-        teacher (B, V, Dt), with --mimic-at decoder (B, U, Dt); saliency: a list, for each teacher (B, L) or
-        None; mask (B, L); ids (B, V); and unless --recon-weight is 0 pred and target (B, L, P).
+        Returns a dict. A list has one entry for each teacher.
+
+            "latent"     (B, 1 + V, D), E_v with CLS in front
+            "mimicked"   a list of L(E_v), (B, V, Dt); with --mimic-at decoder (B, U, Dt)
+            "features"   a list of F_v of the same shapes: those rows of the features that are mimicked
+            "saliency"   a list of (B, L), or of None for a teacher without CLS
+            "mask"       (B, L) bool, True = hidden
+            "ids"        (B, V), the visible patches
+            "pred"       (B, L, P), as in MAE; this and the next are missing if --recon-weight is 0
+            "target"     (B, L, P)
         """
         # Ask the teachers for the features of all patches, and where their CLS looks.
         answers = features or [self.ask(teacher, images) for teacher in self.teachers]
@@ -554,7 +563,7 @@ class MRMAE(MAE):
             "--recon-weight",
             type=natural_float,
             default=0.5,
-            help="weight of Eq. 1 (Sec. 4.1); 0: mimic only, without a decoder (Table 3)",
+            help="weight of Eq. 1 (Sec. 4.1); 0: mimic only, without a decoder unless it mimics (Table 3)",
         )
         add(
             "--mimic-weight",
@@ -562,7 +571,7 @@ class MRMAE(MAE):
             default=0.5,
             help="weight of Eq. 2 (Sec. 4.1); pixels alone are --method mae",
         )
-        parser.set_defaults(epochs=2)  # ours: about two minutes on a laptop
+        parser.set_defaults(epochs=2)  # ours, for a laptop
 
 
 # ============================================================================================================
@@ -629,7 +638,9 @@ def open_teacher(word, grid):
     """One value of --teacher -> Teacher. Prints what it is. grid: the student's.
 
     To mimic something else, write an nn.Module with the attributes `grid`, `width`, `num_prefix_tokens` (0:
-    it has no saliency) and `name` and with the methods `features` and `renormalize`, and return one here.
+    it has no saliency) and `name` and with the methods `features` and `renormalize`, and return one here. As
+    `Teacher` does, it must freeze its parameters, be in eval mode, run `features` without gradients, and move
+    itself to the device of the images.
     """
     # Find the file.
     kind, colon, path = word.partition(":")
@@ -865,8 +876,8 @@ def from_published(state_dict):
 # - F_v are the teacher's patch tokens after its last block and its final LayerNorm, not projected: the
 #   paper has R^{l_v x C}, and CLIP's projection is trained for CLS alone. CLS takes no part in L_M, because
 #   Eq. 2 counts l_v patches.
-# - L_M normalises each token of F_v by a LayerNorm without learned parameters. Eq. 2 has no normalisation;
-#   it gives L_M the scale of norm_pix pixels, without which .5 : .5 would mean nothing.
+# - L_M normalises each token of F_v by a LayerNorm without learned parameters. Eq. 2 has no normalisation.
+#   Ours gives L_M the scale of norm_pix pixels; without it the weights .5 : .5 would mean nothing.
 # - L_M is a mean like L_R, over the values of a feature and then over visible patches. Eq. 1 and 2 sum over
 #   the values; a patch of 16 x 16 pixels and a feature of ViT-B both have 768 of them, so the balance .5 : .5
 #   is the same.
@@ -889,8 +900,8 @@ def from_published(state_dict):
 #   oblong crop is stretched to a square teacher's size. If its grid then differs from ours, its features and
 #   saliency are resized to ours.
 # - `dino` is ViT-B/16 of DINO (Caron et al., the paper's reference [7]); the paper does not say which ViT it
-#   took. (Sec. 4.1 and Fig. 3 cite [47] instead, a detector of the same name.) The sizes small, large and
-#   huge have the teacher of base.
+#   took. (Sec. 4.1 and Fig. 3 cite [47] instead, a detector of the same name.) Nor does it name the
+#   teachers of the other sizes: `clip` and `dino` are ViT-B/16 for students of every size.
 # - Two teachers (Table 4, "Joint") have a head each. L_M is the mean of both losses, and saliency the
 #   mean of both maps, each divided by its sum.
 # - Both targets at the decoder (Table 3, fifth row, where L_R is printed twice): L_M is computed by a

@@ -21,8 +21,9 @@ How the functions call each other (finetune.py and dense.py come in at `run_loop
 A run lives in its folder (--out, default runs/<method>): args.json, log.jsonl, checkpoint.pt, encoder.pt,
 pictures/. The same command again resumes it; on CPU, with the same number of processes, the result is bit for
 bit that of a run that was never stopped. (On CUDA the order, the augmentation and the masks are the same, but
-some kernels add in an order that varies.) Exit codes: 0 finished (or finished already), 1 failed while
-running, 2 a mistake in flags or files, 128 + n saved after signal n.
+some kernels add in an order that varies.) Exit codes: 0 finished now or before, or stopped by --max-steps; 1
+failed while running; 2 a mistake in flags or files; 128 + n saved and stopped after signal n. (A second
+Ctrl-C exits with 130 at once and does not save.)
 """
 
 import argparse
@@ -184,9 +185,10 @@ def train_loop(run, dataset, test):
         stream = load_batches(dataset, batches, args.workers, run.device.type == "cuda")
 
         while state["step"] < last_step:
-            # Fetch the micro-batches of this step; `broken` notes which of their images are broken. If the
-            # loader fails, run the step on the micro-batches of the step before, because the other processes
-            # wait for our gradients. All learn of the failure below, and nobody updates its weights.
+            # Fetch the micro-batches of this step, each as (images, labels). Other images have taken the
+            # place of broken ones; `broken.count` notes their names and passes the batch on. If the loader
+            # fails, run the step on the micro-batches of the step before, because the other processes wait
+            # for our gradients. All learn of the failure below, and nobody updates its weights.
             started = time.perf_counter()
             try:
                 fetched = [broken.count(*next(stream)) for _ in range(args.accumulate)]
@@ -220,9 +222,9 @@ def train_loop(run, dataset, test):
                 break
 
             # Update the weights, unless the loss or a gradient is not finite. (`scaler.step` calls
-            # `optimizer.step`, except that under fp16 it skips such a step by itself and halves its loss
-            # scale. While that scale is at least 1, overflows are a normal part of its search for one that
-            # fits: such a step counts as skipped, but not as one of the BAD_STEPS in a row.)
+            # `optimizer.step`. Under fp16 it skips a step whose gradient overflows, and `scaler.update` then
+            # halves the factor on the loss until nothing overflows. As long as that factor is at least 1,
+            # overflows are normal: such a step counts as skipped, but not as one of the BAD_STEPS in a row.)
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if finite or run.scaler.is_enabled():
                 run.scaler.step(run.optimizer)
@@ -280,9 +282,9 @@ def train_loop(run, dataset, test):
     elif finished and something_to_do and loss_is_finite:
         save(run)
 
-    if broken.too_many:
-        return end_of_run(run, agreed, signals, broken.error(), loss_is_finite)
-    return end_of_run(run, agreed, signals, loader_error, loss_is_finite)
+    # Say how the run ended. If it was an error of this process alone, its own message says more.
+    own_error = broken.error() if broken.too_many else loader_error
+    return end_of_run(run, agreed, signals, own_error, loss_is_finite)
 
 
 def end_of_run(run, agreed, signals, own_error, loss_is_finite):
@@ -313,7 +315,8 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
 
     # Say that it is not finished, and choose the exit code.
     if state["step"] < steps:
-        limit = ", with a larger --max-steps or none" if state["step"] == run.args.max_steps else ""
+        at_limit = run.args.max_steps and state["step"] >= run.args.max_steps
+        limit = ", with a larger --max-steps or none" if at_limit else ""
         print_rank0(
             f"stopped after {done}; {out} holds the last checkpoint; the same command resumes from it{limit}"
         )
@@ -327,8 +330,8 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
 
 
 def forward_backward(run, micro_batches, step):
-    """Compute the gradients of one step -> {"loss": (), each loss term: (), "grad_norm": ()}, the means over
-    the micro-batches."""
+    """Compute the gradients of one step -> {"loss": (), each loss term: (), "grad_norm": ()}. The losses are
+    means over the micro-batches; grad_norm is the norm of the step's gradient before it is clipped."""
     run.optimizer.zero_grad()
     values = {}
     for i, (images, labels) in enumerate(micro_batches):
@@ -519,7 +522,7 @@ def build_optimizer(model, args):
     because they have three dimensions."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:  # a frozen position table
+        if not p.requires_grad:  # a position table, or a norm that no loss trains
             continue
         if p.ndim == 1 or name.endswith(".bias"):
             plain.append(p)
@@ -544,8 +547,8 @@ def autocast(args, device):
 
 @contextlib.contextmanager
 def inference(args, device):
-    """For tests and pictures: autocast as in training, but without gradients and without torch.compile, which
-    allows a limited number of graphs; the training step needs them."""
+    """For tests, for pictures and for the check in `save`: autocast as in training, but without gradients and
+    without torch.compile. Torch compiles a limited number of graphs, and the training step needs them."""
     eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
     with torch.no_grad(), autocast(args, device), eager:
         yield
@@ -670,7 +673,9 @@ def load_checkpoint(path, args):
     return saved
 
 
-# Flags that may differ when a run resumes (the batch and its accumulation if B' stays).
+# Flags that may differ when a run resumes. Most do not shape the result, or only its rounding. Batch size and
+# accumulation (and the number of processes) may change if B' stays: each step keeps its images, but other
+# masks are drawn.
 FREE_FLAGS = set(
     "out data_root download workers device compile recompute log_every save_every max_steps benchmark draw "
     "evaluate predict batch_size accumulate".split()
@@ -678,7 +683,7 @@ FREE_FLAGS = set(
 
 
 def resume(run):
-    """Continue from checkpoint.pt, if there is one. What shapes the result must be as it was."""
+    """Continue from checkpoint.pt, if there is one. All flags but FREE_FLAGS must be as they were."""
     path = Path(run.args.out) / "checkpoint.pt"
     if not path.exists():
         return
@@ -733,7 +738,8 @@ def resume(run):
 
 def run_loop(run, argv, header, dataset, test):
     """Resume the run if it was begun, say what is about to happen, train -> exit code."""
-    # Take the folder. Not earlier, so that a start that fails before this leaves no folder behind.
+    # Take the folder, unless finetune.py has done so. Not earlier, so that a start that fails before this
+    # leaves no folder behind.
     if dist.get_rank() == 0 and run.folder is None:
         run.folder = RunFolder(run.args.out)
     resume(run)
@@ -820,7 +826,7 @@ def pretrain(args, argv, device):
     note_grey(images, args)
 
     # Train.
-    val = "no val set of a batch or more, so no val_loss"
+    val = "no val images of a batch or more, so no val_loss"
     if held_out:
         val = f"val_loss on {len(images) // args.batch_size * args.batch_size} images"
     header = f"{args.method} on {args.data}: {len(train_set)} images, {val}"
@@ -1251,6 +1257,8 @@ def draw(args, argv, device):
 
     # Draw them.
     panels = render_panels(model, run_args, images, device)
+    if not panels:
+        raise UserError(f"--draw: --method {args.method} has no `visualize`, and its encoder no class token")
     count = min(map(len, panels.values()))
     if count < len(images):
         raise UserError(

@@ -19,9 +19,13 @@ Letters, used in every file (in brackets: what the papers call the same thing):
     K    keys that TopK keeps for each query, in MixedAE
     n    images that are mixed into one, in MixedAE (there 1/r, where r is the share of each)
     G    mixed images in a batch, in MixedAE
-Shapes are batch first, and the tokens are always the axis before the last. A boolean mask called `hidden` or
-`mask` is True where a patch is hidden. Images need not be square: a grid (h, w) has h rows and w columns of
-patches.
+Shapes are batch first. Features of tokens have the tokens in the axis before the last, as in (B, N, D); masks
+and ids have them in the last, as in (B, L); maps end with the grid, as in (B, D, h, w). A boolean mask called
+`hidden` or `mask` is True where a patch is hidden. Images need not be square: a grid (h, w) has h rows and w
+columns of patches.
+
+The papers: MAE (arXiv 2111.06377), MR-MAE (2303.05475), MixedAE (2303.17152), CAE (2202.03026); MCMAE
+(2205.03892) is MAE with stages of convolutions before the transformer.
 
     images (B, C, height, width)
         -- PatchEmbed --------------------------> patch tokens   (B, L, D)
@@ -31,9 +35,9 @@ patches.
         -- final LayerNorm ---------------------> features       (B, N, D)
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into
-it and its own weights load into timm. One thing is new: with the homologous attention of MixedAE (Eq. 6, in
-`Attention.homologous_attention`) a patch attends only to the K patches with the highest scores. It adds no
-parameter and is switched off after pre-training.
+it and, unless it has a convolution stem, its own weights load into timm. One thing is new: with the
+homologous attention of MixedAE (Eq. 6, in `Attention.homologous_attention`) a patch attends only to the K
+patches with the highest scores. It adds no parameter and is switched off after pre-training.
 """
 
 import argparse
@@ -235,8 +239,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
-        # Attend. Eq. 6 as it is written needs the whole matrix of probabilities. PyTorch's fused attention
-        # computes the same without storing it, so it is used unless the matrix itself is wanted.
+        # Attend. Training takes the fused form of Eq. 6. It computes the same as the plain form, but keeps no
+        # scores or probabilities for the backward pass, only the mask of chosen keys. The plain form runs
+        # while `record` is True. A change of Eq. 6 belongs in both; both choose the keys by `keep_topk`.
         if self.record:
             x = self.homologous_attention(q, k, v)  # (B, H, N, D_h)
         else:
@@ -390,12 +395,14 @@ class PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
 
     def forward(self, images, hidden=None, stages=None):
-        # `hidden` and `stages` are for ConvStem, which may stand in the place of this class.
+        # Each patch is embedded by itself, so a hidden one cannot reach the others, and `hidden` is not
+        # needed. It and `stages` are for ConvStem, which may stand in the place of this class.
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
 class ViT(nn.Module):
-    """A Vision Transformer encoder with fixed sine-cosine positions.
+    """A Vision Transformer encoder. Its positions are a sine-cosine table, which pre-training keeps fixed;
+    fine-tuning may train it, and files of other authors replace it.
 
     image_size: (height, width) in pixels. class_token: whether a CLS token stands in front (MCMAE has none).
     stem: None for a patch embedding, or the widths, depths and mlp_ratios of a ConvStem in a dict. topk: for
@@ -591,7 +598,7 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 SIZES = {  # width, depth and heads of the encoder, then of the decoder
     "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
-    "tiny": (192, 12, 3, 192, 4, 3),  # DeiT; the decoder is ours, because MAE's is five times this encoder
+    "tiny": (192, 12, 3, 192, 4, 3),  # DeiT; the decoder is ours: MAE's has five times this ViT's weights
     "small": (384, 12, 6, 512, 8, 16),  # DeiT; from here on the decoder is MAE's, which has one for all sizes
     "base": (768, 12, 12, 512, 8, 16),  # ViT
     "large": (1024, 24, 16, 512, 8, 16),  # ViT
@@ -611,7 +618,7 @@ def build_decoder(args, encoder, **options):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The convolution stem of MCMAE (--stem conv in mrmae.py). The other methods do not need it.
+# The convolution stem of MCMAE, for --stem conv in mrmae.py. Else skip it: to the next line of `=`.
 # ------------------------------------------------------------------------------------------------------------
 def conv_embed(channels, width, k):
     """A patch embedding of MCMAE: a convolution of k x k with stride k, LayerNorm over channels, GELU.
