@@ -499,6 +499,8 @@ class CAE(nn.Module):
     @staticmethod
     def add_args(parser):
         add = parser.add_argument_group("CAE").add_argument
+
+        # What is hidden, and what is predicted.
         add(
             "--mask-ratio",
             type=unit_float,
@@ -517,6 +519,8 @@ class CAE(nn.Module):
             default=True,
             help="rgb: each patch normalised, as in MAE (ours: the paper does not say)",
         )
+
+        # Eq. 1, the regressor, and the size of the vocabulary.
         add(
             "--align-weight",
             type=natural_float,
@@ -534,6 +538,8 @@ class CAE(nn.Module):
             help="how many ids there are, if you call forward(images, mask, ids) yourself; the file of a "
             "tokenizer says its own",
         )
+
+        # The blocks of F, H and G.
         add(
             "--layer-scale",
             type=positive_float,

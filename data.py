@@ -418,10 +418,14 @@ def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
     """The flags of --data and of augmentation, for train.py and finetune.py. names: the sets that the help
     lists; nargs: how many words --data takes."""
     add = parser.add_argument_group("data").add_argument
+
+    # Where the images are.
     what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
     add("--data", default=default, nargs=nargs, help=what)
     add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     add("--download", action="store_true", help="let torchvision download the set into --data-root")
+
+    # What is done to each training image.
     add(
         "--augment",
         choices=("none", "fixed-crop", "random-crop", "color-jitter"),

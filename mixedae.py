@@ -236,8 +236,8 @@ def images_per_group(args, num_patches):
 
 def keys_per_query(args, num_patches):
     """K of Eq. 6, from --topk, which is K / L."""
-    # Round down, but let .333 stand for a third, and .29 * 100, which is 28.999..., for 29.
-    k = int((args.topk + 1e-3) * num_patches)
+    # Round down, but up from .9 on: .29 * 100 is 28.999..., and .333 of 144 patches means a third of them.
+    k = int(args.topk * num_patches + 0.1)
     if k < 1:
         raise UserError(f"--topk {args.topk}: K = topk x L, L = {num_patches}, must keep at least 1 key")
     return k
@@ -252,6 +252,8 @@ class MixedAE(nn.Module):
     @staticmethod
     def add_args(parser):
         add = parser.add_argument_group("MixedAE").add_argument
+
+        # Mix (Sec. 3.1).
         add(
             "--mixing-ratio",
             type=positive_float,
@@ -264,6 +266,8 @@ class MixedAE(nn.Module):
             default="compose",
             help="one mixed image per group, or n of them (Sec. 3.2, Fig. 4)",
         )
+
+        # Homologous attention (Eq. 6).
         add(
             "--topk",
             type=unit_float,
@@ -282,12 +286,16 @@ class MixedAE(nn.Module):
             default=1,
             help="how many of the first layers keep global attention (Sec. 3.2, Table 3e)",
         )
+
+        # What tells the images of a group apart.
         add(
             "--segment-embedding",
             action=argparse.BooleanOptionalAction,
             default=True,
             help="tell the images of a group apart by a learned vector (Sec. 3.2)",
         )
+
+        # Reconstruction (Eq. 4).
         add(
             "--recon-weight",
             type=natural_float,
@@ -300,6 +308,8 @@ class MixedAE(nn.Module):
             default=True,
             help="normalise the target of each patch (Sec. 4.1: as in MAE)",
         )
+
+        # Homologous contrast (Eq. 7).
         add(
             "--homocon-weight",
             type=natural_float,
@@ -404,7 +414,7 @@ class MixedAE(nn.Module):
         # Embed, and mark the patches of each image with its segment embedding (Sec. 3.2).
         tokens = self.encoder.embed(mixed_images)  # (G, L, D)
         if self.segments is not None:
-            tokens = tokens + F.embedding(sources, self.segments)  # segments[sources], faster on a GPU
+            tokens = tokens + F.embedding(sources, self.segments)  # segments[sources], (G, L, D)
 
         # Encode. All blocks but the first ones use homologous attention (Eq. 6).
         z_pre_ln, _ = self.encoder.forward_blocks(tokens)  # (G, 1 + L, D)

@@ -252,6 +252,8 @@ class MAE(nn.Module):
     @staticmethod
     def add_args(parser):
         add = parser.add_argument_group("MAE").add_argument
+
+        # What is hidden, and what is predicted.
         add(
             "--mask-ratio",
             type=unit_float,
@@ -265,6 +267,8 @@ class MAE(nn.Module):
             help="normalise the target of each patch (MAE's command); losses with and without are not "
             "comparable",
         )
+
+        # Whether a convolution stem makes the tokens.
         add(
             "--stem",
             choices=("patch", "conv"),
@@ -531,6 +535,8 @@ class MRMAE(MAE):
     def add_args(parser):
         MAE.add_args(parser)
         add = parser.add_argument_group("MR-MAE").add_argument
+
+        # The teacher, and which patches it lets the student see.
         add(
             "--teacher",
             nargs="+",
@@ -545,6 +551,8 @@ class MRMAE(MAE):
             help="the most salient patches, patches sampled by saliency, or random ones (Table 3: focused "
             "mimicking or not)",
         )
+
+        # Where the student mimics.
         add(
             "--fuse-layers",
             type=positive_int,
@@ -559,6 +567,8 @@ class MRMAE(MAE):
             default="encoder",
             help="mimic visible tokens after the encoder, or hidden ones after the decoder (Table 3)",
         )
+
+        # The weights of both losses.
         add(
             "--recon-weight",
             type=natural_float,

@@ -973,6 +973,8 @@ def share_of_batch(images, multiple=1):
 def add_run_args(parser):
     """The flags of any run, pre-training or not."""
     add = parser.add_argument_group("training").add_argument
+
+    # Where it writes, and how long it runs.
     add(
         "--out",
         help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA; dense.py: "
@@ -995,6 +997,8 @@ def add_run_args(parser):
         help="linear warm-up, then the schedule [1, probes 10, dense.py a tenth of the run; at most a third "
         "of it. MAE, MixedAE: 40]",
     )
+
+    # How many images a step has.
     add(
         "--batch-size",
         type=positive_int,
@@ -1007,6 +1011,8 @@ def add_run_args(parser):
         default=1,
         help="micro-steps per step; B' = batch size x processes x this",
     )
+
+    # The optimizer.
     add(
         "--blr",
         type=positive_float,
@@ -1029,6 +1035,8 @@ def add_run_args(parser):
         default=0.05,
         help="not on biases and one-dimensional parameters (MAE's code)",
     )
+
+    # What is random, and how it is computed.
     add(
         "--seed",
         type=bounded(int, 0, 2**63 - 1),
@@ -1058,6 +1066,8 @@ def add_run_args(parser):
         default=min(16, available_cores()),
         help="loader processes of each training process",
     )
+
+    # When it logs and saves.
     add(
         "--log-every",
         type=positive_int,

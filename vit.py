@@ -786,6 +786,8 @@ size_int = bounded(int, 1, 65536)  # pixels, widths, heads
 def add_size_args(parser, encoder=True, decoder=True):
     """The flags for the shape of images and, if asked for, of encoder and decoder."""
     add = parser.add_argument_group("model size (the defaults are a laptop's; ours)").add_argument
+
+    # The images.
     add(
         "--image-size",
         type=size_int,
@@ -796,6 +798,8 @@ def add_size_args(parser, encoder=True, decoder=True):
     )
     if not encoder:
         return
+
+    # The encoder.
     add("--patch-size", type=size_int, help="pixels; the papers use 16 at 224 pixels [8]")
     add("--size", choices=SIZES, default="micro", help="a named size; the flags below win over it")
     add("--width", type=size_int, help="D, width of the encoder")
@@ -803,6 +807,8 @@ def add_size_args(parser, encoder=True, decoder=True):
     add("--heads", type=size_int, help="attention heads of the encoder; no state dict shows them")
     if not decoder:
         return
+
+    # The decoder.
     add(
         "--decoder-width",
         type=size_int,

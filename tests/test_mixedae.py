@@ -1,5 +1,6 @@
 """MixedAE: each equation against a slow second version, and the facts of the paper."""
 
+import argparse
 import itertools
 import math
 import re
@@ -459,3 +460,9 @@ def test_a_given_mask_must_fit(mode, shape):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             model.predict(images, wrong)
     assert torch.equal(model.predict(images, sources)["sources"], sources)
+
+
+def test_k_is_topk_times_l_rounded_down_but_for_rounding():
+    plain = [(0.25, 64, 16), (0.25, 1024, 256), (0.3, 64, 19), (1, 4096, 4096)]
+    for topk, L, k in [*plain, (0.29, 100, 29), (0.333, 144, 48)]:
+        assert mixedae.keys_per_query(argparse.Namespace(topk=topk), L) == k
