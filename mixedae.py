@@ -593,13 +593,14 @@ def check_args(args):
 # - There is one CLS token per mixed image, without segment embedding. Unmixing copies it to each of the n
 #   sequences. [MASK] enters after the decoder's embedding, as in MAE.
 # - Sec. 1 says that the mixing masks are targets and not inputs. The segment embeddings of Sec. 3.2 put M
-#   into the input all the same. Eq. 7 can then be read off them, and on our data it is: it is at its lower
-#   bound after one epoch. With `--no-segment-embedding` it stays far above, because only what the patches
-#   show tells which belong together, and at a laptop's size the encoder transfers better (docs/results.md).
+#   into the input all the same. Eq. 7 can then be read off them, and on our data it is: after one epoch it
+#   is close to its lower bound. With `--no-segment-embedding` it stays far above, because only what the
+#   patches show tells which belong together; at a laptop's size that encoder transferred better, in one seed
+#   (docs/results.md).
 # - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
 #   because in MAE's rule everything with more than one dimension does. `export` adds segment 0 to the patch
-#   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT; a
-#   linear probe of the patches without any segment was as good on our data (docs/results.md).
+#   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT.
+#   Without any segment the same encoder did as well in a linear probe on our data (docs/results.md).
 # - Eq. 5 holds if M is known on both sides. The paper does not say so, but the proof on the authors' poster
 #   needs it. Both sides are equal for independent images; the test has a pair of dependent images for which
 #   the left side is greater.
