@@ -206,7 +206,7 @@ def sampling_accuracy(attention, keep, sources, k):
     else:
         keep = keep[..., 1:, 1:]  # (G, H, L, L)
     right = keep & homologous_pairs(sources).unsqueeze(1)  # (G, H, L, L)
-    return right.sum() / keep.sum().clamp(min=1)  # with --cls-in-topk all queries may keep CLS alone
+    return right.sum() / keep.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,12 +275,6 @@ class MixedAE(nn.Module):
             help="K / L of Eq. 6, best equal to r; 1 is global attention (Sec. 4.1, Table 3d)",
         )
         add(
-            "--cls-in-topk",
-            action="store_true",
-            help="Eq. 6 with CLS as one more patch: every query keeps K of all 1 + L keys, and with "
-            "--topk 1 all of them (ours)",
-        )
-        add(
             "--global-layers",
             type=natural_int,
             default=1,
@@ -340,12 +334,11 @@ class MixedAE(nn.Module):
         self.std = args.std
 
         # Use homologous attention in all layers but the first ones (Sec. 3.2, Table 3e). K = L keeps all key
-        # patches (Table 3d), so it makes a layer global. We let it do so with --cls-in-topk too, although
-        # there it would drop one of the 1 + L keys.
+        # patches (Table 3d), so it makes a layer global.
         k = keys_per_query(args, num_patches)  # K of Eq. 6
         layer_k = k if k < num_patches else None
         topk = [None] * args.global_layers + [layer_k] * (args.depth - args.global_layers)
-        self.encoder = build_encoder(args, topk=topk, cls_in_topk=args.cls_in_topk)
+        self.encoder = build_encoder(args, topk=topk)
 
         # The sampling accuracy (Fig. 6) scores the keys that TopK keeps. In a global layer, which keeps all,
         # it scores the K strongest ones; and where K = L the r L strongest, because with all L keys the
@@ -585,9 +578,8 @@ def check_args(args):
 #   Sec. 3.2 says: a patch of an image may be seen under two of them, or under none.
 # - Eq. 6 speaks of query *patches* and key *patches*, so these take part in TopK, and K = 0.25 L counts
 #   patches. The CLS key is always kept and not counted, and the CLS query sees all keys. So information can
-#   pass between the images of a group through CLS. `--cls-in-topk` is the other reading, of "all the
-#   self-attention operations": CLS is one more patch, and every query keeps K of all 1 + L keys. In both
-#   readings K = L keeps all keys.
+#   pass between the images of a group through CLS. The other reading, of "all the self-attention
+#   operations", counts CLS as one more patch. On our data it made no difference (docs/results.md).
 # - TopK is taken separately in each head; the paper does not say whether it is, or jointly over all heads.
 #   The decoder's attention is ordinary, because each of its sequences holds one image.
 # - There is one CLS token per mixed image, without segment embedding. Unmixing copies it to each of the n
@@ -614,7 +606,7 @@ def check_args(args):
 # - The "mean positive" of Table 3c is the average of the projections of an image's patches, the query's among
 #   them. Its denominator stays that of Eq. 7, so the lower bound log(r L - 1) does not hold for it.
 # - The sampling accuracy is a mean over heads, queries and images, and a query patch itself counts as a key
-#   from its own image. With `--cls-in-topk` it is the share among those of the kept keys that are patches.
+#   from its own image.
 # ------------------------------------------------------------------------------------------------------------
 
 

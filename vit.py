@@ -192,17 +192,15 @@ def resize_positions(table, old_grid, new_grid, **how):
 # ------------------------------------------------------------------------------------------------------------
 # Attention
 # ------------------------------------------------------------------------------------------------------------
-def keep_topk(scores, k, cls_in_topk=False):
+def keep_topk(scores, k):
     """TopK of MixedAE Eq. 6 (Sec. 3.2): scores (B, H, N, N) -> bool (B, H, N, N), True where a key is kept.
 
     k is the paper's K. Each query patch keeps exactly the k key patches with the highest scores, separately
     in each head. Token 0 is CLS. Eq. 6 speaks of query and key patches, so CLS takes no part: its key is
-    always kept and not counted, and its query sees all keys. With cls_in_topk CLS counts as one more patch:
-    every query keeps exactly k of all N keys. No gradient flows through the choice of keys; it flows through
-    the scores of those that are kept.
+    always kept and not counted, and its query sees all keys. No gradient flows through the choice of keys; it
+    flows through the scores of those that are kept.
     """
-    first = 0 if cls_in_topk else 1  # the first token that takes part
-    patches = scores[..., first:, first:]  # (B, H, L, L); with cls_in_topk (B, H, N, N)
+    patches = scores[..., 1:, 1:]  # (B, H, L, L)
     best = patches.topk(k, dim=-1, sorted=False).indices  # (B, H, L, k)
 
     # Mark the k best keys by their indices. Comparing with the k-th best score would keep more than k where
@@ -210,7 +208,7 @@ def keep_topk(scores, k, cls_in_topk=False):
     keep = torch.zeros_like(patches, dtype=torch.bool).scatter(-1, best, True)
 
     # Put the row and the column of CLS in front; they are True.
-    return F.pad(keep, (first, 0, first, 0), value=True)  # (B, H, N, N)
+    return F.pad(keep, (1, 0, 1, 0), value=True)  # (B, H, N, N)
 
 
 class Attention(nn.Module):
@@ -224,13 +222,12 @@ class Attention(nn.Module):
     record = False
     recorded = None
 
-    def __init__(self, dim, heads, topk=None, cls_in_topk=False):
+    def __init__(self, dim, heads, topk=None):
         super().__init__()
         if dim % heads:
             raise UserError(f"width {dim} is not a multiple of {heads} heads")
         self.heads = heads
         self.topk = topk
-        self.cls_in_topk = cls_in_topk
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -258,7 +255,7 @@ class Attention(nn.Module):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # q k^T / sqrt(D_h), (B, H, N, N)
         keep = None
         if self.topk is not None:
-            keep = keep_topk(scores, self.topk, self.cls_in_topk)
+            keep = keep_topk(scores, self.topk)
             scores = scores.masked_fill(~keep, float("-inf"))  # softmax gives 0 to what is not kept
         attention = scores.softmax(dim=-1)  # A_HomoAtt, (B, H, N, N)
         if self.record:
@@ -271,7 +268,7 @@ class Attention(nn.Module):
         if self.topk is not None:
             with torch.no_grad():  # for the choice alone; the fused attention computes its own scores
                 scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-                keep = keep_topk(scores, self.topk, self.cls_in_topk)
+                keep = keep_topk(scores, self.topk)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
@@ -339,10 +336,10 @@ class LayerScale(nn.Module):
 class Block(Residual):
     """A pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None, topk=None, cls_in_topk=False):
+    def __init__(self, dim, heads, mlp_ratio=4.0, layer_scale=None, topk=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, topk, cls_in_topk)
+        self.attn = Attention(dim, heads, topk)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -406,9 +403,9 @@ class ViT(nn.Module):
 
     image_size: (height, width) in pixels. class_token: whether a CLS token stands in front (MCMAE has none).
     stem: None for a patch embedding, or the widths, depths and mlp_ratios of a ConvStem in a dict. topk: for
-    each block its K of MixedAE Eq. 6, or None for ordinary attention. cls_in_topk: see `keep_topk`.
+    each block its K of MixedAE Eq. 6, or None for ordinary attention.
 
-    `config` holds all arguments but the last two: `ViT(**config)` builds the encoder that transfers, whose
+    `config` holds all arguments but the last: `ViT(**config)` builds the encoder that transfers, whose
     attention is ordinary.
     """
 
@@ -425,7 +422,6 @@ class ViT(nn.Module):
         class_token=True,
         stem=None,
         topk=None,
-        cls_in_topk=False,
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
@@ -463,8 +459,7 @@ class ViT(nn.Module):
         self.norm_pre = nn.Identity()  # CLIP has a LayerNorm here
         topk_per_block = topk or [None] * depth
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, layer_scale, block_topk, cls_in_topk)
-            for block_topk in topk_per_block
+            Block(width, heads, mlp_ratio, layer_scale, block_topk) for block_topk in topk_per_block
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)

@@ -237,7 +237,7 @@ def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
     same = torch.zeros(2, 1, 17, 17, dtype=torch.bool)
     same[:, 0, 1:, 1:] = sources.unsqueeze(1) == sources.unsqueeze(2)
     same[:, :, 0] = True
-    monkeypatch.setattr(vit, "keep_topk", lambda scores, k, cls_in_topk: same.expand_as(scores))
+    monkeypatch.setattr(vit, "keep_topk", lambda scores, k: same.expand_as(scores))
     for block in model.encoder.blocks:
         block.attn.record = True
     z = model.predict(images, sources)["z"]
@@ -253,20 +253,6 @@ def test_oracle_attention_equals_encoding_each_image_alone(monkeypatch):
             x = x + block.attn.proj(y.transpose(1, 2).reshape(1, 4, 32))
             x = x + block.mlp(block.norm2(x))
         assert_close(z[b // 4, 1:][own], model.encoder.norm(x)[0], atol=1e-5, rtol=1e-4)
-
-
-def test_the_plain_reading_of_eq_6_leaves_cls_no_privilege():
-    model = randomize(build("mixedae", "--cls-in-topk", "--global-layers", 0))
-    for block in model.encoder.blocks:
-        block.attn.record = True
-    model.predict(images_of())
-    for block in model.encoder.blocks:
-        kept, _ = block.attn.recorded
-        assert (kept.sum(-1) == 4).all() and not kept[..., 0].all()
-    only_cls = torch.zeros(1, 1, 5, 5, dtype=torch.bool)
-    only_cls[..., 0] = True
-    sources = torch.tensor([[0, 0, 1, 1]])
-    assert mixedae.sampling_accuracy(torch.zeros(1, 1, 5, 5), only_cls, sources, 1) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,7 +271,7 @@ def test_sampling_accuracy_counts_the_keys_of_the_own_image():
     assert abs(chance - 0.25) < 0.02  # r
 
 
-@pytest.mark.parametrize("flags", ["", "--topk 1", "--cls-in-topk", "--mixing-mode full", "--recon-weight 0"])
+@pytest.mark.parametrize("flags", ["", "--topk 1", "--mixing-mode full", "--recon-weight 0"])
 @torch.no_grad()
 def test_pictures_and_the_accuracy_of_each_layer_with_and_without_topk(flags):
     model, images = randomize(build("mixedae", *flags.split())).eval(), images_of(10)
@@ -380,7 +366,6 @@ def ablations():
     assert len(rows) == 19
     rows += [
         ("", "full", "--mixing-mode full"),
-        ("", "plain reading", "--cls-in-topk"),
         ("", "raw pixels", "--no-norm-pix"),
         ("", "Eq. 7 alone before the norm", "--recon-weight 0 --homocon-position pre-ln"),
     ]

@@ -111,21 +111,18 @@ def attend(q, k, v, keys=lambda i, scores: list(range(len(scores)))):
     return out.flatten(2), probabilities
 
 
-TOPK = [(None, False), (1, False), (3, False), (8, False), (1, True), (3, True)]
+TOPK = [None, 1, 3, 8]
 
 
-@pytest.mark.parametrize("topk, cls_in_topk", TOPK)
+@pytest.mark.parametrize("topk", TOPK)
 @torch.no_grad()
-def test_homologous_attention_equals_sorting_one_query_at_a_time(topk, cls_in_topk):
+def test_homologous_attention_equals_sorting_one_query_at_a_time(topk):
     def keys(i, scores):
-        def best(first):
-            return sorted(range(first, len(scores)), key=lambda j: -scores[j])[:topk]
+        if topk is None or i == 0:
+            return list(range(len(scores)))
+        return [0, *sorted(range(1, len(scores)), key=lambda j: -scores[j])[:topk]]
 
-        if cls_in_topk:
-            return best(0)
-        return list(range(len(scores))) if topk is None or i == 0 else [0, *best(1)]
-
-    attention, x = randomize(Attention(16, 2, topk, cls_in_topk)), torch.randn(2, 9, 16)
+    attention, x = randomize(Attention(16, 2, topk)), torch.randn(2, 9, 16)
     q, k, v = attention.qkv(x).view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
     expected, probabilities = attend(q, k, v, keys)
     for record in (False, True):
@@ -137,9 +134,9 @@ def test_homologous_attention_equals_sorting_one_query_at_a_time(topk, cls_in_to
     assert kept is None if topk is None else torch.equal(recorded > 0, kept)
 
 
-@pytest.mark.parametrize("topk, cls_in_topk", TOPK)
-def test_the_fused_form_of_homologous_attention_is_equation_6(topk, cls_in_topk):
-    attention, x = randomize(Attention(16, 2, topk, cls_in_topk)), torch.randn(2, 9, 16)
+@pytest.mark.parametrize("topk", TOPK)
+def test_the_fused_form_of_homologous_attention_is_equation_6(topk):
+    attention, x = randomize(Attention(16, 2, topk)), torch.randn(2, 9, 16)
     results = []
     for attention.record in (True, False):
         given = x.clone().requires_grad_()
@@ -160,8 +157,6 @@ def test_exactly_k_keys_are_kept_even_where_all_scores_tie(dtype):
         worst_kept = scores[..., 1:, 1:].masked_fill(~patches, float("inf")).amin(-1)
         best_dropped = scores[..., 1:, 1:].masked_fill(patches, float("-inf")).amax(-1)
         assert (worst_kept >= best_dropped).all()
-        plain = keep_topk(scores, 16, cls_in_topk=True)
-        assert (plain.sum(-1) == 16).all()  # the plain reading: all rows, all keys
 
 
 def test_keeping_all_keys_is_global_attention():
@@ -288,10 +283,9 @@ def test_taps_come_in_the_order_asked_for():
 
 
 def test_k_of_each_layer_is_given_to_the_constructor_and_is_no_part_of_the_file():
-    encoder = tiny(topk=[None, 5], cls_in_topk=True)
+    encoder = tiny(topk=[None, 5])
     assert [block.attn.topk for block in encoder.blocks] == [None, 5]
-    assert all(block.attn.cls_in_topk for block in encoder.blocks)
-    assert not {"topk", "cls_in_topk"} & encoder.config.keys()
+    assert "topk" not in encoder.config
     clean, _ = vit.unpack_encoder(vit.pack_encoder(encoder, "mixedae", "mean", (0.5,) * 3, (0.2,) * 3))
     assert all(block.attn.topk is None for block in clean.blocks)
     assert encoder.state_dict().keys() == clean.state_dict().keys()
