@@ -579,7 +579,7 @@ def check_args(args):
 # - Eq. 6 speaks of query *patches* and key *patches*, so these take part in TopK, and K = 0.25 L counts
 #   patches. The CLS key is always kept and not counted, and the CLS query sees all keys. So information can
 #   pass between the images of a group through CLS. The other reading, of "all the self-attention
-#   operations", counts CLS as one more patch. On our data it made no difference (docs/results.md).
+#   operations", counts CLS as one more patch. On our data one seed showed no difference (docs/results.md).
 # - TopK is taken separately in each head; the paper does not say whether it is, or jointly over all heads.
 #   The decoder's attention is ordinary, because each of its sequences holds one image.
 # - There is one CLS token per mixed image, without segment embedding. Unmixing copies it to each of the n
