@@ -17,9 +17,9 @@ hidden ones, and the two do not compete for the same tokens.
     images
         -- patch embedding + positions ----------> (B, L, D)
         -- the visible patches ------------------> (B, V, D)
-        -- encoder, sum of several blocks, norm -> latent E_v (B, 1 + V, D)
+        -- encoder, sum of several blocks, norm -> latent (B, 1 + V, D): CLS, then E_v (B, V, D)
            |-- mimic head, one linear layer -----> mimicked L(E_v) (B, V, Dt)
-           |                                       Eq. 2: L_M compares it with F_v
+           |                                       Eq. 2: L_M compares it with F_v, each token normalised
         -- decoder.embed, [MASK] at hidden ------> (B, 1 + L, Dd)
         -- decoder ------------------------------> pred (B, L, P)
                                                    Eq. 1: L_R compares it with target (B, L, P) where hidden
@@ -34,9 +34,11 @@ hidden ones, and the two do not compete for the same tokens.
     L(E_v), F_v          mimicked, features: lists with (B, V, Dt) for each teacher
     L( )                 one of mimic_heads
     L_R, Eq. 1           reconstruction_loss; `recon` in the log
-    L_M, Eq. 2           mimic_loss; `mimic` in the log
+    L_M, Eq. 2           mimic_loss, which first normalises each token of F_v (ours); `mimic` in the log
     .5 L_R + .5 L_M      MRMAE.forward; the weights are --recon-weight and --mimic-weight
     the teacher          Teacher; open_teachers opens it, MRMAE.ask gets its features
+    attention map        saliency (B, L): the attention of the teacher's CLS to each patch, in its last block,
+                         mean over heads
     random masking       vit.random_visible: in MAE always, here with --visible random
     Focused Mimicking    salient_visible: the V most salient patches or, with --visible sampled, drawn ones
     Multi-layer Fusion   the sum in MAE.encode, over the blocks of --fuse-layers
@@ -49,13 +51,14 @@ Table 3. --stem conv adds the third: row 7 and, after 400 epochs, the model of T
 Run it (on the drawn set `shapes`, on a laptop):
     python train.py --method mae                                    # makes the teacher of the next line
     python train.py --method mrmae --teacher runs/mae/encoder.pt    # the paper's teacher: --teacher clip
-A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FILE. The training loop is
-`train_loop` in train.py; each of its steps calls `MRMAE.forward`.
+A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FILE. That of the first line is
+there to try the second one with: it knows no more than pixels tell. The training loop is `train_loop` in
+train.py; each of its steps calls `MRMAE.forward`.
 
-How to read `mimic` in the log: each token of the targets has mean 0 and variance 1, so 1 is the loss of a
-head that predicts zeros. A new head starts at about 1 + 2 D / (D + Dt): at 2 if student and teacher are
-equally wide. A value below 1 does not yet prove that the head tells patches apart: if the teacher's features
-differ little between patches, always predicting their mean gives such a value, too.
+How to read `mimic` in the log: L_M first normalises each token of F_v to mean 0 and variance 1, so 1 is the
+loss of a head that predicts zeros. A new head starts at about 1 + 2 D / (D + Dt): at 2 if student and teacher
+are equally wide. A value below 1 does not yet prove that the head tells patches apart: if the teacher's
+features differ little between patches, always predicting their mean gives such a value, too.
 
 `python mrmae.py` prints the shapes of what `predict` returns. Where the paper is silent, the list at the end
 of this file says what we do and why.
@@ -152,9 +155,9 @@ class MAE(nn.Module):
     def predict(self, images, mask=None):
         """Every tensor of Fig. 2 (1).
 
-        images (B, C, height, width) normalised; mask (B, L) bool, True = hidden (`hidden` below and in
-        vit.py), or None to draw one. Returns latent (B, 1 + V, D), pred (B, L, P), target (B, L, P), mask (B,
-        L). Without CLS latent is (B, V, D).
+        images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None to draw one; the
+        mask in use is called `hidden`. Returns latent (B, 1 + V, D), pred (B, L, P), target (B, L, P), mask
+        (B, L). Without CLS latent is (B, V, D).
         """
         # Choose the visible patches, at random if no mask is given.
         L = self.encoder.num_patches
@@ -175,14 +178,15 @@ class MAE(nn.Module):
         loss = reconstruction_loss(out["pred"], out["target"], out["mask"])  # Eq. 1
         return loss, {"recon": loss.detach()}
 
-    def encode(self, images, ids, mask):
-        """Images -> E_v with CLS in front (B, 1 + V, D). ids (B, V): the visible patches; mask (B, L): True
+    def encode(self, images, ids, hidden):
+        """Images -> E_v with CLS in front (B, 1 + V, D). ids (B, V): the visible patches; hidden (B, L): True
         at the others. Unlike encoder.encode this can sum the outputs of several blocks."""
         # Embed all patches and keep the visible ones. A patch embedding treats each patch by itself, so this
-        # equals embedding the visible ones alone. A convolution stem looks across patches: it gets the mask,
-        # and appends the maps of its two finer stages to `stages`, which else stays empty.
+        # equals embedding the visible ones alone. A convolution stem looks across patches, so it needs to
+        # know which are hidden. It also appends the maps of its two finer stages to the list `stages`; a
+        # patch embedding leaves the list empty.
         stages = []
-        x = self.encoder.embed(images, mask, stages)  # (B, L, D)
+        x = self.encoder.embed(images, hidden, stages)  # (B, L, D)
         x = gather_tokens(x, ids)  # (B, V, D)
 
         # Multi-layer fusion (Sec. 3.3): sum the outputs of several blocks, CLS included. In plain MAE this is
@@ -309,7 +313,8 @@ def salient_visible(saliency, visible, how):
 
 def joint_saliency(maps):
     """Saliency of all teachers, a list of (B, L) -> (B, L): the mean of the maps, each first divided by its
-    sum, so that each teacher has the same weight. (This is ours: Table 4 only says "Joint".)"""
+    sum, so that each teacher has the same weight. (This is ours: Table 4 only says "Joint".) With one teacher
+    neither the order of the patches nor the draw depends on it."""
     return sum(m / m.sum(dim=1, keepdim=True) for m in maps) / len(maps)
 
 
@@ -333,8 +338,8 @@ class Teacher(nn.Module):
         """images (B, C, height, width), normalised with the teacher's own mean and std -> a dict: "tokens"
         (B, L, Dt), its patches after the final LayerNorm, and "saliency" (B, L), or None without CLS.
 
-        Saliency is the CLS row of the last block's attention, over patches, mean over heads; it is not
-        divided by its sum. Both are fp32.
+        Saliency is the CLS row of the last block's attention, over patches, mean over heads. It sums to less
+        than 1, because the weight of CLS on itself is left out. Both are fp32.
         """
         # Move the teacher to the device of the images, at the first call. MRMAE keeps its teachers in a plain
         # list, where model.to(device) does not reach them.
@@ -422,7 +427,8 @@ class MRMAE(MAE):
         """Every tensor of Fig. 2.
 
         images (B, C, height, width) normalised; mask (B, L) bool, True = hidden, or None: as --visible says;
-        features: for each teacher what `ask` returns for all L patches, or None to ask the teachers here.
+        features: for each teacher what `ask` returns for all L patches, computed before, or None to ask the
+        teachers here, as training does.
 
         Returns a dict. A list has one entry for each teacher.
 
@@ -450,7 +456,8 @@ class MRMAE(MAE):
         hidden = hidden_mask(ids, L)  # (B, L), equal to `mask` if that was given
 
         # Gather F_v, the teachers' features that are to be predicted: of the visible patches or, with
-        # --mimic-at decoder, of the hidden ones, which are the "visible" ones of the inverted mask.
+        # --mimic-at decoder, of the hidden ones. (`visible_ids` lists where its argument is False, so of
+        # ~hidden it lists the hidden patches.)
         mimic_ids = ids if self.mimic_at == "encoder" else visible_ids(~hidden)  # (B, V), or (B, U)
         F_v = [gather_tokens(answer["tokens"], mimic_ids) for answer in answers]  # each (B, V or U, Dt)
 
@@ -882,48 +889,50 @@ def from_published(state_dict):
 # - MCMAE (`--method mae --stem conv`) has no CLS token. Its authors say that MR-MAE's encoder got one
 #   (their issue 19), so `--method mrmae --stem conv` has one.
 #
-# Where both are silent, the choice is ours:
-# - F_v are the teacher's patch tokens after its last block and its final LayerNorm, not projected: the
-#   paper has R^{l_v x C}, and CLIP's projection is trained for CLS alone. CLS takes no part in L_M, because
-#   Eq. 2 counts l_v patches.
+# - Order of tokens: raster. MAE's code keeps the shuffled order of the draw; the encoder cannot tell.
+#
+# Where both are silent, the choice is ours. In the order of the diagram above:
+# - Augmentation: the random crop of MAE and of MixedAE (its Sec. 4.1). The paper says nothing of it.
+# - The teacher sees the same crop, with its own image statistics and at the size that it was trained at. An
+#   oblong crop is stretched to a square teacher's size. If its grid then differs from ours, its features and
+#   saliency are resized to ours.
+# - Which teachers: `dino` is ViT-B/16 of DINO (Caron et al., the paper's reference [7]); the paper does not
+#   say which ViT it took. (Sec. 4.1 and Fig. 3 cite [47] instead, a detector of the same name.) Nor does it
+#   name the teachers of the other sizes: `clip` and `dino` are ViT-B/16 for students of every size.
+# - Focused masks choose what the *encoder* sees ("we select the most salient tokens ... for visible feature
+#   mimicking"). Saliency is the softmax of the teacher's last layer: the row of CLS, patches only, mean over
+#   heads. "Most salient" means the top k, our default: the mask of an image then depends on nothing but its
+#   crop. But MILAN, which the paper calls similar, samples in proportion to saliency, as --visible sampled
+#   does. A third reading, random masks and a mimic loss on their salient tokens alone, is not here.
+# - F_v are the teacher's patch tokens after its last block and its final LayerNorm, without CLS (Eq. 2 counts
+#   l_v patches). CLIP itself applies this norm and the projection behind it to CLS alone. We keep the norm,
+#   and drop the projection, which would change the width.
+# - Multi-layer fusion sums the residual stream after four evenly spaced blocks, the last among them (of 12:
+#   3, 6, 9, 12; of the 11 of --stem conv: 2, 5, 8, 11), and then applies one final norm. The encoder that
+#   transfers has no fusion: there this norm, trained on the sum, reads the last block alone. (Fine-tuning
+#   trains a new norm.)
+# - The stem's finer stages, 1 and 2, are added to the sum of multi-layer fusion, at patches and not at CLS.
+# - The mimic head reads E_v after the final norm, as the decoder does, and has a bias. Mimic only (Table 3,
+#   sixth row) has no decoder.
 # - L_M normalises each token of F_v by a LayerNorm without learned parameters. Eq. 2 has no normalisation.
 #   Ours gives L_M the scale of norm_pix pixels; without it the weights .5 : .5 would mean nothing.
 # - L_M is a mean like L_R, over the values of a feature and then over visible patches. Eq. 1 and 2 sum over
 #   the values; a patch of 16 x 16 pixels and a feature of ViT-B both have 768 of them, so the balance .5 : .5
 #   is the same.
-# - The paper says nothing of augmentation. The random crop is that of MAE and of MixedAE (its Sec. 4.1).
-# - Visible tokens stay in raster order. MAE's code keeps the shuffled order of the draw; the encoder cannot
-#   tell.
-# - The features of stages 1 and 2 are added to the sum of multi-layer fusion, at patches and not at CLS.
-# - The mimic head reads E_v after the final norm, as the decoder does, and has a bias. Mimic only (Table
-#   3, sixth row) has no decoder.
-# - Focused mimicking chooses what the *encoder* sees ("we select the most salient tokens ... for visible
-#   feature mimicking"). Saliency is the softmax of the teacher's last layer: the row of CLS, patches only,
-#   mean over heads. The same words speak for the top k, our default; but MILAN, which the paper calls
-#   similar, samples in proportion to saliency, as --visible sampled does. A third reading, random masks and a
-#   mimic loss on their salient tokens alone, is not here.
-# - Multi-layer fusion sums the residual stream after four evenly spaced blocks, the last among them (of 12:
-#   3, 6, 9, 12; of the 11 of --stem conv: 2, 5, 8, 11), and then applies one final norm. The encoder that
-#   transfers has no fusion: there this norm, trained on the sum, reads the last block alone. (Fine-tuning
-#   trains a new norm.)
-# - The teacher sees the same crop, with its own image statistics and at the size that it was trained at. An
-#   oblong crop is stretched to a square teacher's size. If its grid then differs from ours, its features and
-#   saliency are resized to ours.
-# - `dino` is ViT-B/16 of DINO (Caron et al., the paper's reference [7]); the paper does not say which ViT it
-#   took. (Sec. 4.1 and Fig. 3 cite [47] instead, a detector of the same name.) Nor does it name the
-#   teachers of the other sizes: `clip` and `dino` are ViT-B/16 for students of every size.
-# - Two teachers (Table 4, "Joint") have a head each. L_M is the mean of both losses, and saliency the
-#   mean of both maps, each divided by its sum.
-# - Both targets at the decoder (Table 3, fifth row, where L_R is printed twice): L_M is computed by a
-#   linear layer on the decoder's last norm, at hidden patches, in place of the encoder's.
-# - "Maximum learning rate 1.5e-4" is read as a base rate, as in MAE, and so is the 3e-4 of fine-tuning.
-#   Warm-up is the same share of a run at every length.
+# - Two teachers (Table 4, "Joint") have a head each. L_M is the mean of both losses, and saliency the mean of
+#   both maps, each divided by its sum.
+# - Both targets at the decoder: Table 3, fifth row, prints L_R in the column of high-level targets. From the
+#   text of Sec. 4.3 we read L_M there: a linear layer on the decoder's last norm, at hidden patches, in place
+#   of the encoder's.
+# - The recipe: "maximum learning rate 1.5e-4" is read as a base rate, as in MAE, and so is the 3e-4 of
+#   fine-tuning. Warm-up is the same share of a run at every length.
+# - Which feature transfers: probes and fine-tuning read the mean of the patches (`MRMAE.export`).
 #
 # The paper contradicts itself. Its "mask ratio 25%" is what stays visible. 85.8 % belongs to 400 epochs
 # (Table 5), not 200 (introduction). The introduction puts MR-MAE 1.4 points (base) and 4.1 (huge) above
 # CLIP's 84.2, which is 85.6 and 88.3; the tables have 85.5 (200 epochs) or 85.8 (400), and 88.5. MAE-B has
 # 83.6 and 83.8, box AP at 200 epochs is 52.7 and 53.0. "Huge-392" is Huge-393 in Table 6, and neither is a
-# multiple of 16.
+# multiple of 16 (392 is 28 x 14, the patch of MAE's ViT-H, which the stem's strides 4 x 2 x 2 cannot make).
 
 
 if __name__ == "__main__":  # the shapes of what `predict` returns

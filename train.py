@@ -995,7 +995,7 @@ def add_run_args(parser):
         "--warmup-epochs",
         type=natural_float,
         help="linear warm-up, then the schedule [1, probes 10, dense.py a tenth of the run; at most a third "
-        "of it. MAE, MixedAE: 40]",
+        "of it. MAE, MixedAE: 40; MR-MAE: a fifth of the run]",
     )
 
     # How many images a step has.
