@@ -110,7 +110,7 @@ from vit import (
 # ------------------------------------------------------------------------------------------------------------
 # Sec. 3.2: block-wise masking
 # ------------------------------------------------------------------------------------------------------------
-def block_mask(batch, grid, count, tries=400):
+def block_mask(batch, grid, count, tries=400, at_once=4):
     """Random block-wise masks (Sec. 3.2, Fig. 2), BEiT's rule in the form of CAE's code -> bool (B, L), True
     = hidden, with exactly `count` hidden patches in each row.
 
@@ -123,26 +123,29 @@ def block_mask(batch, grid, count, tries=400):
         more.
     After `tries` boxes, random single patches fill the rest. (Ours: CAE's code tries on without end.)
 
-    All masks of a batch are drawn together, on the CPU: after each box the loop asks which masks are full,
-    and on a GPU every such question would make the CPU wait.
+    All masks of a batch are drawn together, on the CPU: each round of the loop asks which masks are full, and
+    on a GPU every such question would make the CPU wait. Most boxes may not be taken, so a round draws
+    `at_once` of them for each mask, and takes the first that may be. That is the same as one after the other,
+    because a box that is not taken changes nothing, and it needs a third of the time.
     """
     h, w = grid  # in patches
     smallest = max(1, round(16 / 196 * h * w))  # patches in the smallest box
-    rows = torch.arange(h).view(1, h, 1)
-    columns = torch.arange(w).view(1, 1, w)
-    masks = torch.zeros(batch, h, w, dtype=torch.bool)
+    rows = torch.arange(h).view(1, 1, h, 1)
+    columns = torch.arange(w).view(1, 1, 1, w)
+    masks = torch.zeros(batch, 1, h, w, dtype=torch.bool)
     unfinished = torch.arange(batch)  # (b,), the masks that still lack patches
 
-    for _ in range(tries):
+    for _ in range(tries // at_once):
         # Go on with the masks that still lack patches.
-        missing = count - masks[unfinished].sum(dim=(1, 2))  # (b,), R
+        missing = count - masks[unfinished].sum(dim=(1, 2, 3))  # (b,), R
         unfinished = unfinished[missing > 0]
-        missing = missing[missing > 0].view(-1, 1, 1)  # (b, 1, 1), the shape of every number of the boxes
+        missing = missing[missing > 0].view(-1, 1, 1, 1)  # (b, 1, 1, 1)
         if len(unfinished) == 0:
             break
 
-        # Draw a box for each of them: its area, its shape, its place. Heights and widths are in patches.
-        for_area, for_aspect, for_top, for_left = torch.rand(4, len(unfinished), 1, 1)  # uniform in [0, 1)
+        # Draw n = at_once boxes for each of them: area, shape, place. Heights and widths are in patches.
+        numbers = torch.rand(4, len(unfinished), at_once, 1, 1)  # uniform in [0, 1)
+        for_area, for_aspect, for_top, for_left = numbers  # (b, n, 1, 1), the shape of all that follows
         area = smallest + (missing - smallest) * for_area  # uniform from `smallest` to R
         aspect = 0.3 ** (2 * for_aspect - 1)  # height / width, log-uniform from .3 to 1 / .3
         height = (area * aspect).sqrt().round()
@@ -150,13 +153,16 @@ def block_mask(batch, grid, count, tries=400):
         top = (for_top * (h - height + 1)).floor()  # uniform in 0 .. h - height
         left = (for_left * (w - width + 1)).floor()
 
-        # Hide the patches in it, if the box may be taken.
-        inside_rows = (rows >= top) & (rows < top + height)  # (b, h, 1)
-        inside_columns = (columns >= left) & (columns < left + width)  # (b, 1, w)
-        box = inside_rows & inside_columns  # (b, h, w)
-        more = (box & ~masks[unfinished]).sum(dim=(1, 2), keepdim=True)  # how many it hides
-        taken = (height < h) & (width < w) & (more > 0) & (more <= missing)
-        masks[unfinished] |= box & taken
+        # Which of them may be taken?
+        inside_rows = (rows >= top) & (rows < top + height)  # (b, n, h, 1)
+        inside_columns = (columns >= left) & (columns < left + width)  # (b, n, 1, w)
+        boxes = inside_rows & inside_columns  # (b, n, h, w)
+        more = (boxes & ~masks[unfinished]).sum(dim=(2, 3), keepdim=True)  # how many patches a box hides
+        allowed = (height < h) & (width < w) & (more > 0) & (more <= missing)  # (b, n, 1, 1)
+
+        # Hide the patches of the first such box. If there is none, argmax gives 0, and nothing is hidden.
+        first = allowed.int().argmax(dim=1, keepdim=True)  # (b, 1, 1, 1)
+        masks[unfinished] |= (boxes & allowed).take_along_dim(first, dim=1)  # (b, 1, h, w)
 
     # Fill the masks that are not full after all tries: sort the patches, hidden ones first and the others in
     # random order, and hide the first `count`. A full mask stays as it is.

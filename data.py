@@ -13,7 +13,8 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> **data** -> trai
 Nothing random is carried from one step to the next: each draw is seeded anew by what it is for. The order of
 an epoch depends on (seed, epoch), the augmentation of a sample on (seed, epoch, sample), and masks on (seed,
 step, micro-batch, process), see train.forward_backward. So a run that resumes at a step draws there what it
-would have drawn without the stop. (train.py says when its weights are then equal bit for bit.)
+would have drawn without the stop. (train.py says when its weights are then equal bit for bit. Most masks are
+drawn on the device of the model, and there a CPU and a card draw other ones.)
 
 Each loader process has its own copy of the data set, made when the process starts. If the epoch were an
 attribute of the data set, these copies would never see it change; so each index carries its epoch.

@@ -68,6 +68,7 @@ import argparse
 import fcntl
 import hashlib
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -730,7 +731,9 @@ def read_weights(kind, path, official):
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest == CLIP_SHA256:
-        return torch.jit.load(path, map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit will go, but CLIP's file needs it
+            return torch.jit.load(path, map_location="cpu").state_dict()
     refusal = (
         f"{path}: its sha256 {digest[:12]}... is not that of OpenAI's ViT-B/16 ({CLIP_SHA256[:12]}...), so "
         f"it is not opened as TorchScript, which can hold code"

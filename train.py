@@ -40,6 +40,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -545,12 +546,17 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def eager(args):
+    """Without torch.compile, for batches of other sizes than the training step's. Each size would make graphs
+    of its own, which take minutes, and torch compiles a limited number of them."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def inference(args, device):
     """For tests, for pictures and for the check in `save`: autocast as in training, but without gradients and
-    without torch.compile. Torch compiles a limited number of graphs, and the training step needs them."""
-    eager = torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
-    with torch.no_grad(), autocast(args, device), eager:
+    without torch.compile."""
+    with torch.no_grad(), autocast(args, device), eager(args):
         yield
 
 
@@ -574,9 +580,10 @@ def wrap_ddp(model, args, device, example):
     # buffers back, because a BatchNorm would keep that step's statistics.)
     if dist.get_world_size() > 1:
         buffers = [buffer.clone() for buffer in model.buffers()]
-        with autocast(args, device):
-            loss, _ = ddp(*example)
-        loss.backward()
+        with eager(args):
+            with autocast(args, device):
+                loss, _ = ddp(*example)
+            loss.backward()
         ddp.zero_grad()
         for buffer, before in zip(model.buffers(), buffers):
             buffer.copy_(before)
@@ -675,7 +682,7 @@ def load_checkpoint(path, args):
 
 # Flags that may differ when a run resumes. Most do not shape the result, or only its rounding. Batch size and
 # accumulation (and the number of processes) may change if B' stays: each step keeps its images, but other
-# masks are drawn.
+# masks are drawn. On another device, too, masks are drawn otherwise, and with --compile drop path is.
 FREE_FLAGS = set(
     "out data_root download workers device compile recompute log_every save_every max_steps benchmark draw "
     "evaluate predict batch_size accumulate".split()
@@ -1053,7 +1060,7 @@ def add_run_args(parser):
     add(
         "--compile",
         action="store_true",
-        help="torch.compile the blocks (minutes at the start; needs a C++ compiler on CPU)",
+        help="torch.compile the blocks (minutes at the start; needs a C compiler on CUDA, a C++ one on CPU)",
     )
     add(
         "--recompute",
@@ -1177,8 +1184,19 @@ def start_processes(args):
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif missing:
         raise UserError(f"RANK is set, but not {', '.join(missing)}; start with torchrun, or unset RANK")
-    dist.init_process_group(backend, **options)
+    # While one downloads a data set, the others wait for it in a barrier: for an hour at most.
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
     return device
+
+
+def leave_processes(code):
+    """Leave the process group at the end of the program, whose exit code is `code`."""
+    # Under NCCL, destroying the group waits for the other processes. After an error these may be waiting for
+    # this one, in a collective that it never joins. So give that up first: this process ends, torchrun sees
+    # its exit code and ends the others.
+    if code and dist.get_backend() == "nccl":
+        dist.group.WORLD.abort()
+    dist.destroy_process_group()
 
 
 class SafeStream:
@@ -1223,6 +1241,7 @@ def run_program(name, argv, parse, program):
     if argv is None:
         argv = sys.argv[1:]
         protect_output()
+    code = 1
     try:
         args = parse(argv)
         device = start_processes(args)
@@ -1235,13 +1254,12 @@ def run_program(name, argv, parse, program):
         print(f"{name}: {error}", file=sys.stderr, flush=True)
     except Exception:
         traceback.print_exc()
-        code = 1
     finally:
         # Free what the traceback of an error still holds. The DDP module must be gone before the process
         # group is, or gloo may abort; the loader too, or its processes would keep this one from ending.
         gc.collect()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave_processes(code)
     if code:
         raise SystemExit(code)
 

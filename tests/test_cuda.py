@@ -192,6 +192,15 @@ def test_train_py_stops_resumes_and_times_itself_under_nccl(folder, tmp_path, tr
     assert "TFLOP/s" in product and re.match("mixedae: .* images/s, .* ms/step", line)
 
 
+def test_a_mistake_that_shows_late_is_one_line_under_nccl_too(folder, trained, capfd):
+    """After an error train.leave_processes aborts the group before it destroys it."""
+    out = trained("mae")
+    capfd.readouterr()
+    run("--method", "mixedae", "--data", folder, "--out", out, "--device", DEVICE, code=2)
+    assert [line[:10] for line in capfd.readouterr().err.splitlines()] == ["train.py: "]
+    run("--method", "mae", *TEN_STEPS, "--data", folder, "--out", out)  # another group can be made
+
+
 def test_the_card_and_the_cpu_read_each_others_files(folder, tmp_path, trained):
     done = trained("mixedae", "--precision", "bf16")
     assert checkpoint(done)["model"]["segments"].device.type == DEVICE  # where nobody maps it

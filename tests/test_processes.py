@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,20 @@ def main(table):
     dist.barrier()
     dist.destroy_process_group()
     print("all gradients agree", flush=True)
+
+
+@pytest.mark.parametrize(
+    "backend, code, calls",
+    [("nccl", 0, ["destroy"]), ("nccl", 2, ["abort", "destroy"]), ("gloo", 2, ["destroy"])],
+)
+def test_after_an_error_no_process_waits_for_the_others_under_nccl(backend, code, calls, monkeypatch):
+    called = []
+    world = types.SimpleNamespace(abort=lambda: called.append("abort"))
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "group", types.SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("destroy"))
+    train.leave_processes(code)
+    assert called == calls
 
 
 def test_under_torchrun_a_mistake_is_said_once():
