@@ -53,14 +53,16 @@ joint probability of Z_v, Z_m and Y_m: the paper does not write the integral ove
 
 Only F is transferred, and F alone should learn the representation: H never changes Z_v, and l_z keeps the
 predictions of H in the space of F's output. If that works, G can rebuild an image from the output of F
-without H (Sec. 4, Fig. 3 and 10). Whether it does is seen in the picture "H skipped" and in the log: there
-`skipped` should be about as low as `through_H`, or lower.
+without H (Sec. 4, Fig. 3 and 10). The log shows whether it can: `through_H` is l_y of hidden patches that G
+decodes from Z_m, `skipped` is l_y of the same patches decoded from the output of F. `skipped` should be about
+as low, or lower. The picture "H skipped" shows it, too.
 
 Run it:
     python train.py --method cae         # pixels as targets, on the drawn set `shapes`
     python train.py --method dvae        # trains a tokenizer, whose tokens can be the targets:
     python train.py --method cae --target dvae:runs/dvae/tokenizer.pt --out runs/cae-dvae
     python cae.py                        # prints the shapes of what `predict` returns
+The paper's own runs (Appendix A) and the rows of its tables stand as commands in docs/recipes.md.
 
 Where the paper is silent, the authors' code (https://github.com/Atten4Vis/CAE) decides; the list stands at
 the end of this file.
@@ -115,18 +117,19 @@ def block_mask(batch, grid, count, tries=400, at_once=4):
     = hidden, with exactly `count` hidden patches in each row.
 
     Random boxes are hidden one after the other until `count` patches are. While R patches are missing:
-      - The area of the next box is uniform between 16 patches and R. If R < 16 it lies above R, and the box
-        can be taken only if enough of it is hidden already. (16 is for the paper's 196 patches; on another
-        grid it is the same share of L.)
+      - The area of the next box is uniform between 16 patches and R, also where R < 16. (16 is for the
+        paper's 196 patches; on another grid it is the same share of L.)
       - Its aspect ratio is log-uniform between .3 and 1 / .3, and its place is uniform.
       - It is hidden if it is smaller than the grid on both sides and hides at least one and at most R patches
         more.
     After `tries` boxes, random single patches fill the rest. (Ours: CAE's code tries on without end.)
 
     All masks of a batch are drawn together, on the CPU: each round of the loop asks which masks are full, and
-    on a GPU every such question would make the CPU wait. Most boxes may not be taken, so a round draws
-    `at_once` of them for each mask, and takes the first that may be. That is the same as one after the other,
-    because a box that is not taken changes nothing, and it needs a third of the time.
+    on a GPU every such question would make the CPU wait. Many boxes may not be taken. So each round draws
+    `at_once` boxes for each mask, takes the first that may be, and throws the others away. The masks have the
+    same distribution as with one box after the other: a box that may not be taken changes nothing, and those
+    behind the one that is taken are never looked at. It takes less than half of the time. (Only `tries`
+    differs: it counts the boxes thrown away, too.)
     """
     h, w = grid  # in patches
     smallest = max(1, round(16 / 196 * h * w))  # patches in the smallest box
@@ -143,9 +146,9 @@ def block_mask(batch, grid, count, tries=400, at_once=4):
         if len(unfinished) == 0:
             break
 
-        # Draw n = at_once boxes for each of them: area, shape, place. Heights and widths are in patches.
+        # Draw boxes for each of them, a = at_once: area, shape, place. Heights and widths are in patches.
         numbers = torch.rand(4, len(unfinished), at_once, 1, 1)  # uniform in [0, 1)
-        for_area, for_aspect, for_top, for_left = numbers  # (b, n, 1, 1), the shape of all that follows
+        for_area, for_aspect, for_top, for_left = numbers  # each (b, a, 1, 1), as the next six
         area = smallest + (missing - smallest) * for_area  # uniform from `smallest` to R
         aspect = 0.3 ** (2 * for_aspect - 1)  # height / width, log-uniform from .3 to 1 / .3
         height = (area * aspect).sqrt().round()
@@ -154,11 +157,11 @@ def block_mask(batch, grid, count, tries=400, at_once=4):
         left = (for_left * (w - width + 1)).floor()
 
         # Which of them may be taken?
-        inside_rows = (rows >= top) & (rows < top + height)  # (b, n, h, 1)
-        inside_columns = (columns >= left) & (columns < left + width)  # (b, n, 1, w)
-        boxes = inside_rows & inside_columns  # (b, n, h, w)
+        inside_rows = (rows >= top) & (rows < top + height)  # (b, a, h, 1)
+        inside_columns = (columns >= left) & (columns < left + width)  # (b, a, 1, w)
+        boxes = inside_rows & inside_columns  # (b, a, h, w)
         more = (boxes & ~masks[unfinished]).sum(dim=(2, 3), keepdim=True)  # how many patches a box hides
-        allowed = (height < h) & (width < w) & (more > 0) & (more <= missing)  # (b, n, 1, 1)
+        allowed = (height < h) & (width < w) & (more > 0) & (more <= missing)  # (b, a, 1, 1)
 
         # Hide the patches of the first such box. If there is none, argmax gives 0, and nothing is hidden.
         first = allowed.int().argmax(dim=1, keepdim=True)  # (b, 1, 1, 1)
@@ -195,8 +198,8 @@ class CrossBlock(Residual):
         self.ls1 = LayerScale(dim, layer_scale)
         self.ls2 = LayerScale(dim, layer_scale)
 
-    def forward(self, x, pos_hidden, visible, pos_visible):
-        """Z_m so far and P_m (B, U, Dd), Z_v and P_v (B, V, Dd) -> the next Z_m (B, U, Dd)."""
+    def forward(self, x, visible, pos_visible, pos_hidden):
+        """Z_m so far (B, U, Dd), Z_v and P_v (B, V, Dd), P_m (B, U, Dd) -> the next Z_m (B, U, Dd)."""
         both = torch.cat([visible, x], dim=1)  # [Z_v, Z_m], (B, V + U, Dd)
         pos = torch.cat([pos_visible, pos_hidden], dim=1)  # [P_v, P_m], (B, V + U, Dd)
         q = self.norm_q(x + pos_hidden)
@@ -220,7 +223,7 @@ class Regressor(nn.Module):
     def forward(self, visible, pos_visible, pos_hidden):
         x = self.mask_token.expand_as(pos_hidden)  # Q_m, (B, U, Dd)
         for block in self.blocks:
-            x = call_block(block, x, pos_hidden, visible, pos_visible)
+            x = call_block(block, x, visible, pos_visible, pos_hidden)
         return self.norm(x)
 
 
@@ -248,14 +251,16 @@ class Decoder(nn.Module):
 # Sec. 3.2, Eq. 1: alignment loss l_z and decoding (reconstruction) loss l_y. `CAE.forward` adds them up.
 # ------------------------------------------------------------------------------------------------------------
 def alignment_loss(predicted, target):
-    """l_z of Eq. 1: mean-squared error of Z_m and sg[Z_m with a bar], both (B, U, Dd) -> (). sg[] is `detach`
-    here; the target that `CAE.predict` makes has no gradient anyway."""
+    """l_z of Eq. 1: mean-squared error of Z_m and sg[Z_m with a bar], both (B, U, Dd) -> (). sg[] stands here
+    as `detach`, so that this is Eq. 1 by itself. `CAE.predict` makes the target without a gradient already,
+    which also saves the memory of that pass."""
     return (predicted.float() - target.detach().float()).square().mean()
 
 
 def decoding_loss(decoded, targets):
     """l_y of Eq. 1 -> (). Cross-entropy of logits (B, U, vocabulary) and token ids (B, U), which is the
-    paper's; mean-squared error of pixels (B, U, P), which is ours: the paper does not specify it."""
+    paper's; mean-squared error of pixels (B, U, P), which is ours: the paper has a row with pixels (Table 9)
+    but does not give their loss."""
     if targets.is_floating_point():  # pixels
         return (decoded.float() - targets).square().mean()
     return F.cross_entropy(decoded.float().flatten(0, 1), targets.flatten())
@@ -274,7 +279,7 @@ class CAE(nn.Module):
         self.encoder = build_encoder(args, layer_scale=args.layer_scale)  # F
         L = self.encoder.num_patches
         check_args(args, L)
-        self.num_hidden = round(args.mask_ratio * L)  # U, rounded to nearest (MAE's code rounds V down)
+        self.num_hidden = round(args.mask_ratio * L)  # U
         self.norm_pix = args.norm_pix
         self.mean = args.mean
         self.std = args.std
@@ -392,8 +397,9 @@ class CAE(nn.Module):
         }
 
         # Make the target of the alignment, Z_m with a bar: encode the hidden patches alone (and CLS) with the
-        # same F. torch.no_grad is sg[] of Eq. 1: no gradient flows into this pass. Training without alignment
-        # does not need the target, and saves the pass.
+        # same F. torch.no_grad is sg[] of Eq. 1: no gradient flows into this pass. (In training drop path acts
+        # in it, too, as in CAE's code.) Training without alignment does not need the target, and saves the
+        # pass.
         if self.align_weight or not self.training:
             with torch.no_grad():
                 encoded = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
@@ -401,8 +407,9 @@ class CAE(nn.Module):
         return out
 
     def forward(self, images, mask=None, ids=None):
-        """images (B, C, height, width); ids (B, U), the token ids of the hidden patches, or None to ask the
-        tokenizer -> loss (), {"recon" (of pixels) or "tokens": l_y, "align": l_z}."""
+        """images (B, C, height, width); mask as in `predict`; ids (B, U), the token ids of the patches that
+        `mask` hides, or None to ask the tokenizer -> loss (), {"recon" (of pixels) or "tokens": l_y, "align":
+        l_z}."""
         out = self.predict(images, mask)
         targets = self.targets(images, out["hidden_ids"]) if ids is None else ids  # Y_m with a bar
 
@@ -491,8 +498,9 @@ class CAE(nn.Module):
             "skipped": decoding_loss(skipped, targets).item(),
         }
 
-    # The values of --size, in place of vit.SIZES. Of F: width, depth (Sec. 5.1), heads (CAE's code). Of H and
-    # G: width, depth (of H too, unless --regressor-depth is given), heads.
+    # The values of --size, in place of vit.SIZES: width, depth and heads of F, then of H and G. The widths
+    # and depths of F and the 4 blocks are Sec. 5.1's; the widths of H and G and all heads are CAE's code's.
+    # --regressor-depth gives H another depth than G.
     sizes = {
         "micro": (128, 4, 4, 64, 2, 4),  # ours: for a laptop
         "tiny": (192, 12, 3, 192, 4, 3),  # ours
@@ -560,7 +568,10 @@ class CAE(nn.Module):
             "0 (CAE's code)",
         )
         add("--rescaled-init", action="store_true", help="BEiT's initialisation (CAE's code, for L alone)")
-        parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])  # CAE's code
+
+        # CAE's defaults of flags that all methods have: AdamW's second beta (Appendix A); clipping, the end
+        # of the cosine, and the random crop (CAE's code).
+        parser.set_defaults(beta2=0.999, clip_grad=3.0, min_lr=1e-5, crop_scale=[0.08, 1.0])
         parser.set_defaults(epochs=2)  # ours, for a laptop
 
 
@@ -943,8 +954,8 @@ def from_official(state_dict):
 #   connection around the MLP, too, starts from the normalised tensor. Z_m gets its positions once more,
 #   before G.
 # - Block-wise masks hide exactly U patches; see `block_mask`.
-# - The discrete VAE that the paper trains on ImageNet: their code of it is published; only its weights and
-#   its recipe are not. Layers, squared error, Gumbel-softmax with tau = .9 and the diversity term are theirs.
+# - The paper trains a discrete VAE on ImageNet. Its code is published, its weights and its recipe are not.
+#   From the code are the layers, the squared error, Gumbel-softmax with tau = .9 and the diversity term.
 # - Fine-tuning on ImageNet: Appendix A gives layer decay, weight decay, epochs, warm-up, batch and rate, and
 #   no more. MixUp and the like stand in their scripts; finetune.py says what of them is here. (For ADE20K
 #   Appendix A gives no one rate, but those that were searched, four for ViT-B and three for ViT-L.)
@@ -963,7 +974,8 @@ def from_official(state_dict):
 # Where both are silent, it is ours:
 # - Pixels as targets (Fig. 3, Table 9): each patch is normalised as in MAE, and lambda is .2. The paper's 2
 #   was chosen among 1, 1.5 and 2 beside a cross-entropy, which is some ten times as large. On CIFAR-10 probes
-#   are better with .2 than with 2, and plain pixels do as well as normalised ones (docs/results.md).
+#   are better with .2 than with 2, and plain pixels do as well as normalised ones, both with 2
+#   (docs/results.md).
 # - No decoder (Table 2) is a linear layer on Z_m, without positions.
 # - The recipe of the discrete VAE. One width E serves the convolutions and the code vectors. The squared
 #   error is one of colours in [0, 1], and the diversity term has the weight 3e-4. Of 0, 3e-4, 1e-3 and 1e-2

@@ -46,12 +46,12 @@ Run it:             python train.py --method mixedae
 See the shapes:     python mixedae.py                    (or: python mixedae.py --mixing-mode full)
 Naive mixing:       add --topk 1 --homocon-weight 0 --no-segment-embedding      (the baseline of Sec. 3.1)
 
-The log shows `recon` (Eq. 4), `homocon` (Eq. 7) beside `homocon_floor`, its lower bound log(r L - 1), and
+The log shows `recon` (Eq. 4), `homocon` (Eq. 7) beside `homocon_floor`, the least value that it can have, and
 the sampling accuracy of Fig. 6, where a random choice of keys would score r: `accuracy` of the last layer
 (Fig. 6b) and `accuracy_layers` of each (Fig. 6a).
 
 A new mask is another way to fill `sources` in `MixedAE.predict`, where `draw_sources` is called. Every image
-must still give r L patches, because Eq. 7 and its bound rely on it. docs/your-own.md has an example. A new
+must still give r L patches, because Eq. 7 and its floor rely on it. docs/your-own.md has an example. A new
 loss is one more paragraph of `MixedAE.forward`, and one more term in the sum at its end.
 
 Eq. 6 is in vit.py: `Attention.homologous_attention`. Training runs `fused_attention` below it, which computes
@@ -163,10 +163,6 @@ def homologous_contrastive_loss(projected, sources, tau, positives="separate"):
 
     The paper prints l' for the positives as well as in the denominator. Its poster writes l+ for the
     positives, and so do we.
-
-    With "separate" the loss cannot fall below log(r L - 1). The r L - 1 positives of a patch all stand in its
-    denominator, so their p(l, l+) sum to at most 1, and the average of these p is at most 1 / (r L - 1). As
-    -log is convex, the average of -log p is at least -log of the average of p.
     """
     # Compare each patch l with each patch l': cos(z_l, z_l').
     cos = F.normalize(projected, dim=-1) @ F.normalize(projected, dim=-1).transpose(1, 2)  # (G, L, L)
@@ -188,6 +184,24 @@ def homologous_contrastive_loss(projected, sources, tau, positives="separate"):
     centre = homologous.float() @ projected / homologous.sum(dim=-1, keepdim=True)  # (G, L, E)
     positive_logit = F.cosine_similarity(projected, centre, dim=-1).unsqueeze(-1) / tau  # (G, L, 1)
     return (log_denominator - positive_logit).mean()
+
+
+def homologous_contrastive_floor(L, n, tau):
+    """The least value of Eq. 7 with separate positives, for n images of r L = L / n patches each.
+
+    It is far above 0, because the r L - 1 positives of a patch share one denominator. It is reached when all
+    patches of an image have the same z_l, and these n vectors lie as far apart as n vectors can: at the
+    corners of a simplex, where the cosine between any two is -1 / (n - 1). Multiply p(l, l+) above and below
+    by exp(-1 / tau). Then each positive adds 1 to the denominator, and each of the L - r L patches of other
+    images exp((-1 / (n - 1) - 1) / tau), so that -log p is the logarithm below.
+
+    No z_l do better. Eq. 7 is convex in the cosines, so it is at least its value for the average cosine a of
+    positives and b of other images. That value falls with b - a, and b - a is least for a = 1 and b = -1 / (n
+    - 1), because the squared length of the sum of all z_l / |z_l| is not negative; it is
+    L (1 + (r L - 1) a + (L - r L) b).
+    """
+    others = L - L / n  # patches of other images
+    return math.log(L / n - 1 + others * math.exp((-1 / (n - 1) - 1) / tau))
 
 
 def sampling_accuracy(attention, keep, sources, k):
@@ -236,7 +250,8 @@ def images_per_group(args, num_patches):
 
 def keys_per_query(args, num_patches):
     """K of Eq. 6, from --topk, which is K / L."""
-    # Round down, but up from .9 on: .29 * 100 is 28.999..., and .333 of 144 patches means a third of them.
+    # Round down, but add .1 first: .29 * 100 is 28.999..., and .333 of 144 patches, 47.95, means a third of
+    # them. (Beyond 300 patches write .33333.)
     k = int(args.topk * num_patches + 0.1)
     if k < 1:
         raise UserError(f"--topk {args.topk}: K = topk x L, L = {num_patches}, must keep at least 1 key")
@@ -272,7 +287,7 @@ class MixedAE(nn.Module):
             "--topk",
             type=unit_float,
             default=0.25,
-            help="K / L of Eq. 6, best equal to r; 1 is global attention (Sec. 4.1, Table 3d)",
+            help="K / L of Eq. 6, best equal to r, but set apart; 1: global attention (Sec. 4.1, Table 3d)",
         )
         add(
             "--global-layers",
@@ -407,9 +422,11 @@ class MixedAE(nn.Module):
         # Embed, and mark the patches of each image with its segment embedding (Sec. 3.2).
         tokens = self.encoder.embed(mixed_images)  # (G, L, D)
         if self.segments is not None:
-            tokens = tokens + F.embedding(sources, self.segments)  # segments[sources], (G, L, D)
+            # This is self.segments[sources], whose backward pass would be slow on a GPU.
+            tokens = tokens + F.embedding(sources, self.segments)  # (G, L, D)
 
-        # Encode. All blocks but the first ones use homologous attention (Eq. 6).
+        # Put CLS in front and encode. In all blocks but the first --global-layers ones (1 by default) the
+        # attention is homologous (Eq. 6).
         z_pre_ln, _ = self.encoder.forward_blocks(tokens)  # (G, 1 + L, D)
         z = self.encoder.norm(z_pre_ln)  # (G, 1 + L, D)
         out = {"mixed": mixed, "sources": sources, "z": z, "z_pre_ln": z_pre_ln}
@@ -453,10 +470,10 @@ class MixedAE(nn.Module):
                 homocon = homologous_contrastive_loss(projected, sources, self.tau, self.homocon_positives)
             metrics["homocon"] = homocon.detach()
 
-            # Log its lower bound beside it, because a loss that has come close to it looks stuck. The bound
+            # Log its least value beside it, because a loss that has come close to it looks stuck. The formula
             # holds for separate positives only.
             if self.homocon_positives == "separate":
-                floor = math.log(sources.shape[1] // self.n - 1)  # log(r L - 1)
+                floor = homologous_contrastive_floor(sources.shape[1], self.n, self.tau)
                 metrics["homocon_floor"] = homocon.new_full((), floor)
 
         # Add the losses (Eq. 8); homocon_weight is lambda. A loss of your own is one more term here, and
@@ -577,18 +594,21 @@ def check_args(args):
 # - Groups are n consecutive images of one process's micro-batch. The n masks of full mode are independent, as
 #   Sec. 3.2 says: a patch of an image may be seen under two of them, or under none.
 # - Eq. 6 speaks of query *patches* and key *patches*, so these take part in TopK, and K = 0.25 L counts
-#   patches. The CLS key is always kept and not counted, and the CLS query sees all keys. So information can
-#   pass between the images of a group through CLS. The other reading, of "all the self-attention
-#   operations", counts CLS as one more patch. On our data one seed showed no difference (docs/results.md).
-# - TopK is taken separately in each head; the paper does not say whether it is, or jointly over all heads.
-#   The decoder's attention is ordinary, because each of its sequences holds one image.
+#   patches. The CLS key is always kept and not counted, and the CLS query sees all keys. So CLS is a way
+#   between the images of a group that stays open even where TopK is always right. The other reading, of "all
+#   the self-attention operations", counts CLS as one more patch. On our data one seed showed no difference
+#   (docs/results.md).
+# - TopK is taken separately in each head; the paper does not say whether it is, or jointly over all heads. It
+#   calls D_h "the feature dimension"; we take the width of a head, as every ViT does.
+# - The decoder's attention is ordinary, and its tokens have no segment embedding, because each of its
+#   sequences holds one image.
 # - There is one CLS token per mixed image, without segment embedding. Unmixing copies it to each of the n
 #   sequences. [MASK] enters after the decoder's embedding, as in MAE.
 # - Sec. 1 says that the mixing masks are targets and not inputs. The segment embeddings of Sec. 3.2 put M
-#   into the input all the same. Eq. 7 can then be read off them, and on our data it is: after one epoch it
-#   is close to its lower bound. With `--no-segment-embedding` it stays far above, because only what the
-#   patches show tells which belong together; at a laptop's size that encoder transferred better, in one seed
-#   (docs/results.md).
+#   into the input all the same: which patches belong together can be read off the vectors, whatever the
+#   patches show. On our data the network does so: after one epoch Eq. 7 is close to its least value. With
+#   `--no-segment-embedding` it stays far above, because the network must compare what the patches show. At a
+#   laptop's size that encoder did better in probes, in one seed (docs/results.md).
 # - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
 #   because in MAE's rule everything with more than one dimension does. `export` adds segment 0 to the patch
 #   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT.
@@ -602,9 +622,10 @@ def check_args(args):
 #   hyperparameters are all maintained the same with MAE").
 # - Eq. 7 is averaged over the positives of a patch and then over patches (L_out of SupCon, the paper's [26]).
 #   If the losses were summed as they are printed, then for each mixed image Eq. 7 would be L (r L - 1) times
-#   larger and Eq. 4 (n - 1) L P times, so lambda = .1 would mean something else. Eq. 7 is computed in fp32.
+#   larger and Eq. 4 (n - 1) L P times. So lambda = .1 would act as .1 (r L - 1) / ((n - 1) P) does here: .002
+#   for ViT-B/16 at 224 pixels. Eq. 7 is computed in fp32. Its projector, a linear layer, has a bias.
 # - The "mean positive" of Table 3c is the average of the projections of an image's patches, the query's among
-#   them. Its denominator stays that of Eq. 7, so the lower bound log(r L - 1) does not hold for it.
+#   them. Its denominator stays that of Eq. 7, so the least value above does not hold for it.
 # - The sampling accuracy is a mean over heads, queries and images, and a query patch itself counts as a key
 #   from its own image.
 # ------------------------------------------------------------------------------------------------------------

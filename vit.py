@@ -21,8 +21,8 @@ Letters, used in every file (in brackets: what the papers call the same thing):
     G    mixed images in a batch, in MixedAE
 Shapes are batch first. Features of tokens have the tokens in the axis before the last, as in (B, N, D); masks
 and ids have them in the last, as in (B, L); maps end with the grid, as in (B, D, h, w). A boolean mask called
-`hidden` or `mask` is True where a patch is hidden. Images need not be square: a grid (h, w) has h rows and w
-columns of patches.
+`hidden` or `mask` is True where a patch is hidden (but in mixedae.py `mask` is M, whole numbers). Images need
+not be square: a grid (h, w) has h rows and w columns of patches.
 
 The papers: MAE (arXiv 2111.06377), MR-MAE (2303.05475), MixedAE (2303.17152), CAE (2202.03026); MCMAE
 (2205.03892) is MAE with stages of convolutions before the transformer.
@@ -35,9 +35,10 @@ The papers: MAE (arXiv 2111.06377), MR-MAE (2303.05475), MixedAE (2303.17152), C
         -- final LayerNorm ---------------------> features       (B, N, D)
 
 The encoder has the parameter names and the numerics of timm's and MAE's ViT, so published weights load into
-it and, unless it has a convolution stem, its own weights load into timm. One thing is new: with the
-homologous attention of MixedAE (Eq. 6, in `Attention.homologous_attention`) a patch attends only to the K
-patches with the highest scores. It adds no parameter and is switched off after pre-training.
+it and, unless it has a convolution stem, its own weights load into timm. One thing is new: in the homologous
+attention of MixedAE (Eq. 6, in `Attention.homologous_attention`) a patch attends only to CLS and to the K
+patches with the highest scores. In MixedAE's pre-training all blocks but the first have it. It adds no
+parameter and is switched off afterwards.
 """
 
 import argparse
@@ -215,8 +216,8 @@ class Attention(nn.Module):
     """Multi-head self-attention; with `topk` = K the homologous attention of MixedAE Eq. 6.
 
     While `record` is True (see `recording`) each forward stores `recorded` = (keep, attention): the keys that
-    TopK kept, and the probabilities, both (B, H, N, N). Without `topk` keep is None. The paper calls such a
-    layer global.
+    TopK kept, and the probabilities, both (B, H, N, N). A layer without `topk` has ordinary attention, which
+    MixedAE calls global; its keep is None.
     """
 
     record = False
@@ -236,9 +237,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x)  # (B, N, 3 D)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
 
-        # Attend. Training takes the fused form of Eq. 6. It computes the same as the plain form, but keeps no
-        # scores or probabilities for the backward pass, only the mask of chosen keys. The plain form runs
-        # while `record` is True. A change of Eq. 6 belongs in both; both choose the keys by `keep_topk`.
+        # Attend, in training and evaluation by the fused form of Eq. 6. It computes the same as the plain
+        # form, but keeps no scores or probabilities for the backward pass, only the mask of chosen keys. The
+        # plain form runs while `record` is True, and is the one to read beside Eq. 6. A change of Eq. 6
+        # belongs in both; both choose the keys by `keep_topk`.
         if self.record:
             x = self.homologous_attention(q, k, v)  # (B, H, N, D_h)
         else:
@@ -405,7 +407,7 @@ class ViT(nn.Module):
     stem: None for a patch embedding, or the widths, depths and mlp_ratios of a ConvStem in a dict. topk: for
     each block its K of MixedAE Eq. 6, or None for ordinary attention.
 
-    `config` holds all arguments but the last: `ViT(**config)` builds the encoder that transfers, whose
+    `config` holds all arguments but `topk`: `ViT(**config)` builds the encoder that transfers, whose
     attention is ordinary.
     """
 
@@ -430,7 +432,7 @@ class ViT(nn.Module):
                 f"{patch_size}"
             )
 
-        # Keep what rebuilds the encoder: all arguments but the last two.
+        # Keep what rebuilds the encoder: all arguments but `topk`.
         self.config = dict(
             image_size=list(image_size),
             patch_size=patch_size,
@@ -483,8 +485,9 @@ class ViT(nn.Module):
         return self.norm_pre(x)
 
     def forward_blocks(self, x, taps=()):
-        """Embedded patches (B, V, D) -> the last block's output (B, 1 + V, D), before the final norm; and a
-        list with the outputs of the blocks in `taps`, which are counted from 1, in the order asked for."""
+        """Embedded patches (B, V, D), CLS put in front -> the last block's output (B, 1 + V, D), before the
+        final norm; and a list with the outputs of the blocks in `taps`, which are counted from 1, in the
+        order asked for."""
         x = self.prepend_cls(x)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):

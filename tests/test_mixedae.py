@@ -67,7 +67,7 @@ def test_eq_4_over_the_patches_that_others_cover():
     assert (pred.grad[own] == 0).all() and (pred.grad[~own] != 0).all()  # no gradient at visible patches
 
 
-def test_eq_7_with_loops_and_its_floor():
+def test_eq_7_with_loops():
     z, sources, tau, L = torch.randn(2, 8, 5), sources_of(2, 2, 8), 0.25, 8
     total = 0.0
     for j, l in itertools.product(range(2), range(L)):
@@ -79,10 +79,25 @@ def test_eq_7_with_loops_and_its_floor():
         total -= sum(map(math.log, shares)) / len(positives) / L / 2
     assert_close(mixedae.homologous_contrastive_loss(z, sources, tau), torch.tensor(total))
 
-    perfect = F.one_hot(sources, 2).float() * 2 - 1  # all patches of an image at one point, images opposite
-    floor = math.log(8 // 2 - 1)
-    assert floor < mixedae.homologous_contrastive_loss(perfect, sources, tau) < floor + 0.01
-    assert_close(build("mixedae")(images_of())[1]["homocon_floor"], torch.tensor(math.log(16 // 4 - 1)))
+
+@pytest.mark.parametrize("tau", [0.25, 1.0])
+@pytest.mark.parametrize("n", [2, 4])
+def test_eq_7_has_its_least_value_on_the_corners_of_a_simplex(n, tau):
+    sources, floor = sources_of(2, n, 16), mixedae.homologous_contrastive_floor(16, n, tau)
+    corners = F.one_hot(sources, n).float() - 1 / n  # (2, 16, n), all patches of an image at one corner
+    loss = mixedae.homologous_contrastive_loss
+    assert_close(loss(corners, sources, tau), torch.tensor(floor))
+    assert floor > math.log(16 // n - 1)  # as if the cosine of other images could fall without end
+
+    # No features that are near it, and none that are trained, do better.
+    features = (corners + 0.1 * torch.randn_like(corners)).requires_grad_()
+    for _ in range(50):
+        value = loss(features, sources, tau)
+        assert value > floor - 1e-5
+        features = (features - torch.autograd.grad(value, features)[0]).detach().requires_grad_()
+
+    logged = build("mixedae", "--mixing-ratio", 1 / n, "--temperature", tau)(images_of())[1]["homocon_floor"]
+    assert_close(logged, torch.tensor(floor))
 
 
 def test_eq_7_with_the_mean_positive_of_table_3c():
@@ -390,7 +405,7 @@ def test_every_parameter_gets_a_gradient_and_one_batch_can_be_overfitted(flags):
             trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
             assert [name for name, grad in trained.items() if grad is None or not grad.any()] == []
         optimizer.step()
-    floor = model.homocon_weight * math.log(16 // model.n - 1)  # of Eq. 7
+    floor = model.homocon_weight * mixedae.homologous_contrastive_floor(16, model.n, model.tau)
     bound = 0 if model.recon_weight else floor
     assert losses[-1] - bound < 0.8 * (losses[0] - bound)
 
