@@ -397,9 +397,9 @@ class CAE(nn.Module):
         }
 
         # Make the target of the alignment, Z_m with a bar: encode the hidden patches alone (and CLS) with the
-        # same F. torch.no_grad is sg[] of Eq. 1: no gradient flows into this pass. (In training drop path acts
-        # in it, too, as in CAE's code.) Training without alignment does not need the target, and saves the
-        # pass.
+        # same F. torch.no_grad is sg[] of Eq. 1: no gradient flows into this pass. (In training drop path
+        # acts in it, too, as in CAE's code.) Training without alignment does not need the target, and saves
+        # the pass.
         if self.align_weight or not self.training:
             with torch.no_grad():
                 encoded = encoder.encode(gather_tokens(x, hidden_ids))  # (B, 1 + U, D)
