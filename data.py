@@ -468,8 +468,8 @@ def decode(path):
     """An image file -> uint8 RGB (3, height, width), as `from_pil` has it.
 
     JPEGs are read by torchvision, which is about twice as fast as PIL. PIL reads all else: other formats,
-    JPEGs that torchvision refuses, and images with more pixels than PIL reads without a warning. (A damaged
-    PNG can crash torchvision's decoder, and the process with it.)
+    JPEGs that torchvision refuses, and JPEGs so large that PIL warns or refuses, because they could fill the
+    memory. (A damaged PNG can crash torchvision's decoder, and the process with it.)
     """
     data = np.fromfile(path, dtype=np.uint8)
     if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
@@ -486,11 +486,12 @@ def decode(path):
 
 def jpeg_pixels(data):
     """How many pixels the header of a JPEG announces. (PIL takes fifty times as long to say so.)"""
-    # Walk through the segments, which begin after two bytes, up to the first frame header (kind C0, C1 or
-    # C2). A segment is 0xFF, its kind, its length (which counts all from itself on), and its content; in a
-    # frame header that is depth, height, width and more.
-    place = kind = length = 0
-    while kind not in b"\xc0\xc1\xc2":
+    # Walk through the segments up to the first frame header (kind C0, C1 or C2). A segment is 0xFF, its kind,
+    # its length (which counts all from itself on), and its content; in a frame header that is depth, height,
+    # width and more.
+    place = 2  # behind the two bytes with which every JPEG begins
+    kind, length, height, width = struct.unpack_from(">xBHxHH", data, place)
+    while kind not in (0xC0, 0xC1, 0xC2):
         place += 2 + length
         kind, length, height, width = struct.unpack_from(">xBHxHH", data, place)
     return height * width
@@ -538,14 +539,16 @@ def open_folder(folder):
     are no labels."""
 
     def refuse(error):
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{error.filename}: there is no such file or folder; check the path")
         raise UserError(
             f"{error.filename}: no images in it can be read ({error.strerror}); let it be read, or move it "
             f"away"
         )
 
-    # Walk through it, following links. Within a class, list each real folder once, and `folder` itself never
-    # again. So links that lead up or in circles come to an end: at most (classes x real folders) are listed.
-    # Sort the folders, so that the result does not depend on the order in which the file system has them.
+    # Walk through it, following links. Enter each real folder at most once per class (two classes may link to
+    # the same images), and `folder` itself never again, so that links in circles come to an end. Sort the
+    # folders, so that the result does not depend on the order in which the file system has them.
     found = []  # (path, class)
     top = os.path.realpath(folder)
     listed = set()
@@ -768,10 +771,12 @@ class BrokenImages:
         self.too_many = len(self.names) > 10 and len(self.names) > 0.01 * self.seen
         return images, labels
 
-    def error(self):
+    def error(self, total=None):
+        """total: how many images there are; None: as many as were seen."""
+        total = total or self.seen + len(self.names)
         return UserError(
-            f"too many broken images: {len(self.names)} of {self.seen + len(self.names)}, the first is "
-            f"{self.names[0]}; repair or remove them",
+            f"too many broken images: {len(self.names)} of {total}, the first is {self.names[0]}; repair or "
+            f"remove them",
             code=1,
         )
 

@@ -546,9 +546,9 @@ class Task(Tested):
         and pictures come once, at the end of the run."""
         return self.results(folder=None)
 
-    def finished(self):
+    def best_file(self):
         """What best.pt holds; for detection also COCO's ids of the classes."""
-        return {**super().finished(), "category_ids": getattr(self.test_set, "category_ids", None)}
+        return {**super().best_file(), "category_ids": getattr(self.test_set, "category_ids", None)}
 
     def draw_examples(self, folder, name, legend=()):
         """pictures/NAME: image, truth if it is known, and prediction of up to eight test images. legend: see
@@ -753,7 +753,7 @@ def program(args, argv, device):
     samples = TrainDataset(train_set, transform(args, info["mean"]), args.seed)
 
     # Make the run, or go on with it. Without --lr and --blr the rate is ours, for a laptop.
-    laptop_lr = 1e-2 if args.task == "segment" and args.head == "linear" else 1e-3
+    default_lr = 1e-2 if args.task == "segment" and args.head == "linear" else 1e-3
     groups = layer_decay_groups(model, args.layer_decay, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     run = create_run(
@@ -763,7 +763,7 @@ def program(args, argv, device):
         optimizer,
         example_of(samples, task.prepare, device),
         facts_of(train_set),
-        laptop_lr,
+        default_lr,
         min_lr=0.0,
         schedule=task.schedule,
         prepare=task.prepare,

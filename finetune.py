@@ -14,8 +14,9 @@ Reading order of the project: vit -> mrmae -> mixedae -> cae -> data -> train ->
     # how much of the attention falls on the objects of a set with boxes (MixedAE Sec. 3.4)
     python finetune.py --objects boxes.csv --data path/to/set --encoder a/encoder.pt b/encoder.pt
 
-A probe of the baseline, a random encoder, reads the mean of the patches, as one of MixedAE's does. For MAE's
-and CAE's encoders it reads CLS: to compare one of these with the baseline, give both runs the same --feature.
+Without --feature a probe reads what suits the method: CLS of MAE and CAE, and the mean of the patches of
+MixedAE, MR-MAE and a random encoder (--encoder none). So to compare MAE or CAE with a random encoder, give
+both runs the same --feature.
 
 A protocol decides what is trained on top of the encoder (letters: see vit.py):
 
@@ -111,7 +112,7 @@ from train import (
     facts_of,
     first_phase,
     inference,
-    load_checkpoint,
+    load_begun,
     local_rank0_first,
     lr_at,
     run_loop,
@@ -138,6 +139,7 @@ from vit import (
     patch_attention,
     print_rank0,
     read_shape,
+    recording,
     rename,
     resize_positions,
     resolve_sizes,
@@ -325,7 +327,7 @@ class LARS(torch.optim.Optimizer):
 # Of each protocol: the learning rate where neither --lr nor --blr is given, and where the schedule ends.
 RATES = {
     "finetune": (1e-3, 1e-6),  # the rate is ours, for a laptop; the end is MAE's code's
-    "linear": (6.4, 0.0),  # both are MAE's code's, for B' = 16384; docs/results.md has runs with our 256
+    "linear": (6.4, 0.0),  # both are MAE's code's: .1 x 16384 / 256. We keep 6.4 with our batch of 256
     "attentive": (0.1, 1e-6),  # the rate is ours, for a laptop; the end is CAE's code's
 }
 
@@ -462,14 +464,10 @@ def read_batches(dataset, chunks, args, device, consequence):
     broken, indices = BrokenImages(consequence), [[(0, i) for i in chunk] for chunk in chunks]
     stream = load_batches(dataset, indices, args.workers, device.type == "cuda")
     quiet = dist.get_rank() > 0
-    for images, labels, names in tqdm(stream, "testing", len(chunks), leave=False, disable=quiet):
+    for images, labels, names in tqdm(stream, "reading", len(chunks), leave=False, disable=quiet):
         broken.note(names)
         if len(broken.names) > max(10, 0.01 * len(dataset)):
-            raise UserError(
-                f"too many broken images: {len(broken.names)} of {len(dataset)}, the first is "
-                f"{broken.names[0]}; repair or remove them",
-                code=1,
-            )
+            raise broken.error(len(dataset))
         if images is None:  # a broken sample of dense.py
             yield None, None
         else:
@@ -481,10 +479,9 @@ def predict_dataset(function, dataset, args, device, leave_out=False):
     float32, in the order of the set, on every process.
 
     The processes share the work, and each sample is looked at once, however many there are. A broken image
-    counts as a black one; with leave_out, --predict or --objects its row is NaN. (Cached features have their
-    labels in the place of what says that a sample is broken; for them leave_out is never set.)
+    counts as a black one; with leave_out its row is NaN. (Not for cached features: they have labels in the
+    place of what says that a sample is broken.)
     """
-    leave_out = leave_out or args.predict or args.objects
     consequence = "it is left out" if leave_out else "it counts as a black image"
 
     # Process r takes the chunks r, r + world, ... If there are fewer chunks than processes, the others look
@@ -508,9 +505,11 @@ def predict_dataset(function, dataset, args, device, leave_out=False):
     return out
 
 
-def predict_logits(model, samples, args, device):
-    """A classifier's scores (N, classes) of images or of cached features."""
-    return predict_dataset(lambda images: model.logits(model.prepare(images)[0]), samples, args, device)
+def predict_logits(model, samples, args, device, leave_out=False):
+    """A classifier's scores (N, classes) of images or of cached features; leave_out as above."""
+    return predict_dataset(
+        lambda images: model.logits(model.prepare(images)[0]), samples, args, device, leave_out
+    )
 
 
 def cache_features(model, dataset, args, device, training=False):
@@ -582,8 +581,8 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 def example_of(samples, prepare, device):
     """Arguments of the model for the step that `wrap_ddp` throws away: a batch of two samples, as many as
     BatchNorm needs."""
-    batch = collate([samples[0, i] for i in (0, len(samples) - 1)])
-    return prepare(*to_device(BrokenImages().count(*batch), device))
+    images, labels, _ = collate([samples[0, i] for i in (0, len(samples) - 1)])
+    return prepare(*to_device((images, labels), device))
 
 
 def start_testing(model):
@@ -607,12 +606,12 @@ class Tested:
         self.model.train()
         if numbers[self.metric] >= run.state["best"]:  # of equal results the last
             run.state["best"] = numbers[self.metric]
-            saved = {**self.finished(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
+            saved = {**self.best_file(), "epoch": run.state["step"] // run.batches.steps_per_epoch}
             if run.folder:
                 run.folder.write("best.pt", lambda file: torch.save(saved, file))
         return numbers
 
-    def finished(self):
+    def best_file(self):
         """What best.pt holds: all that --evaluate needs."""
         return {
             "model": self.model.state_dict(),
@@ -681,9 +680,9 @@ class Task(Tested):
         images."""
         model, attention = self.model.eval(), self.model.head.attn
         images, _ = fixed_images(self.test_set, self.args.image_size, 8)
-        attention.record = True
-        model.logits(model.prepare(images.to(self.device))[0])
-        maps = attention.recorded.float().mean(dim=1).unflatten(-1, model.encoder.grid)  # (8, 1, h, w)
+        with recording([attention]):
+            model.logits(model.prepare(images.to(self.device))[0])
+            maps = attention.recorded.float().mean(dim=1).unflatten(-1, model.encoder.grid)  # (8, 1, h, w)
         panels = {"image": images / 255, "attention of\nthe query": heat_map(maps[:, 0].cpu(), images)}
         folder.write_picture("attention.png", picture_sheet(panels))
 
@@ -718,11 +717,12 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
     model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
 
     # A resumed probe must cache the features of the encoder that it began with, so load its checkpoint now.
-    checkpoint = Path(args.out, "checkpoint.pt")
-    if model.frozen and checkpoint.exists():
+    # Other flags are refused here as well, before the long work.
+    begun = load_begun(args)
+    if model.frozen and begun:
         given = copy.deepcopy(model.encoder.state_dict())
         with contextlib.suppress(RuntimeError, ValueError):  # `resume` will say why it does not fit
-            load_strictly(model, load_checkpoint(checkpoint, args)["model"])
+            load_strictly(model, begun["model"])
         if any(not value.equal(given[name]) for name, value in model.encoder.state_dict().items()):
             print_rank0(
                 f"note: {args.encoder} has other weights than when {args.out} began; it goes on with its "
@@ -755,7 +755,7 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         )
 
     # Make the run, or go on with it.
-    laptop_lr, min_lr = RATES[args.protocol]
+    default_lr, min_lr = RATES[args.protocol]
     run = create_run(
         args,
         device,
@@ -763,7 +763,7 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         optimizer=build_optimizer(model.train(), args),
         example=example_of(train_samples, prepare, device),
         dataset={**facts_of(train_set), "images": len(train_samples)},
-        laptop_lr=laptop_lr,
+        default_lr=default_lr,
         min_lr=min_lr,
         schedule=lr_at,
         prepare=prepare,
@@ -835,6 +835,11 @@ def load_finished(path, args, device, build):
     makes the model of the file's encoder, content and flags. args: the flags of this call; those that
     describe the encoder must be left out or be the run's."""
     file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise UserError(
+            f"{file}: no such file; --evaluate takes the folder of a run of this program, which has a "
+            f"best.pt after its first epoch"
+        )
     saved = load_file(file)
     try:
         check_statistics(saved["info"])
@@ -855,7 +860,7 @@ def load_finished(path, args, device, build):
 
     # Say which epoch it is, and what the last one had. The run's own test set chose it, so its number there
     # is optimistic.
-    last = "beside it lies no results.json, so the run is not finished"
+    last = "beside it lies no results.json: the run is not finished, or the file was moved"
     with contextlib.suppress(OSError, ValueError, KeyError):
         results = json.loads((file.parent / "results.json").read_text())
         if f"best_{saved['metric']}" in results:  # --evaluate writes a results.json without it
@@ -898,7 +903,7 @@ def evaluate(args, device):
     probabilities = 0  # (N, classes)
     for model in models:
         samples = EvalDataset(dataset, model.encoder.config["image_size"])
-        logits = predict_logits(model, samples, args, device)
+        logits = predict_logits(model, samples, args, device, leave_out=bool(args.predict))
         scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=1)
         probabilities = probabilities + scores / len(models)
     if dist.get_rank() > 0:
@@ -1061,7 +1066,7 @@ def measure_objects(args, device):
         # Measure the shares of all images.
         samples = BoxedImages(dataset, boxes, encoder.config["image_size"])
         shares = predict_dataset(
-            lambda boxed: object_shares(*look(encoder, info, boxed)), samples, args, device
+            lambda boxed: object_shares(*look(encoder, info, boxed)), samples, args, device, leave_out=True
         ).cpu()
         results[path] = average_shares(shares)
         print_rank0(f"{path}: {results[path]}")
@@ -1101,7 +1106,7 @@ def measure_objects(args, device):
 # ============================================================================================================
 # What differs between the protocols. The batches and the 10 epochs of fine-tuning are ours, for a laptop;
 # those of the papers are in docs/recipes.md. The other numbers of fine-tuning are those of MAE's code.
-PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # but for the batch MAE's code, and CAE's
+PROBE = dict(epochs=90, batch_size=256, weight_decay=0.0)  # MAE's code's and CAE's, but the batch is ours
 DEFAULTS = {
     "finetune": dict(epochs=10, batch_size=64, weight_decay=0.05, layer_decay=0.65, drop_path=0.1),
     "linear": PROBE,
@@ -1175,8 +1180,9 @@ def parse_args(argv=None):
         patch_size=None,
         size=None,
         crop_scale=[0.08, 1.0],  # MAE's code, and CAE's
-        **{**defaults, "batch_size": share_of_batch(defaults["batch_size"], multiple=2)},
+        **defaults,
     )
+    parser.set_defaults(batch_size=share_of_batch(defaults["batch_size"], multiple=2))
 
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
@@ -1344,8 +1350,8 @@ def open_encoder(args):
     flags = ("image_size", "patch_size", "size", "width", "depth", "heads")
     given = {flag: value for flag, value in vars(args).items() if flag in flags and value is not None}
 
-    # Make a random encoder as train.py would, whose defaults the flags have that were not given; or read our
-    # own file, or a published one.
+    # "none": a random encoder. Sizes that were not given are train.py's defaults, which parsing no words
+    # fills in. Else a file: our encoder.pt, or a published one.
     if path == "none":
         sizes = argparse.ArgumentParser()
         add_size_args(sizes)
@@ -1418,7 +1424,7 @@ class Row(NamedTuple):
     train: list  # the arguments that choose its training splits
     test: list  # and its test splits
     metric: str  # of the literature
-    sizes: tuple  # how many training and test images there must be
+    sizes: tuple  # how many training and test images there must be; with `lists`, how many lines these have
     by_hand: str = ""  # what must be done by hand
     lists: tuple = (None, None)  # text files that list the training and the test images, if splits do not
     names: Callable = None  # set -> the names of its samples, as these files have them
@@ -1435,12 +1441,12 @@ SETS = {
         [""],
         "mean_per_class",
         (2416, 6728),
-        "it has no official split: put train.txt and test.txt of Ericsson et al. (on GitHub "
+        by_hand="it has no official split: put train.txt and test.txt of Ericsson et al. (on GitHub "
         "linusericsson/ssl-transfer, caltech101-splits/) into caltech101/",
-        ("caltech101/train.txt", "caltech101/test.txt"),
-        lambda d: [f"{d.categories[y]}/image_{i:04d}.jpg" for y, i in zip(d.y, d.index)],
-        attrgetter("y"),
-        attrgetter("categories"),
+        lists=("caltech101/train.txt", "caltech101/test.txt"),
+        names=lambda d: [f"{d.categories[y]}/image_{i:04d}.jpg" for y, i in zip(d.y, d.index)],
+        labels=attrgetter("y"),
+        classes=attrgetter("categories"),
     ),
     "cars": Row(
         "StanfordCars",
@@ -1448,8 +1454,8 @@ SETS = {
         ["test"],
         "top1",
         (8144, 8041),
-        "its download is dead: put cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat into "
-        "stanford_cars/",
+        by_hand="its download is dead: put cars_train/, cars_test/, devkit/ and "
+        "cars_test_annos_withlabels.mat into stanford_cars/",
         labels=lambda d: [y for _, y in d._samples],
     ),
     "dtd": Row("DTD", ["train", "val"], ["test"], "top1", (3760, 1880)),
@@ -1462,10 +1468,10 @@ SETS = {
         [""],
         "top1",
         (19850, 19850),
-        "its download is dead: put the folder SUN397/ with Training_01.txt and Testing_01.txt of its "
+        by_hand="its download is dead: put the folder SUN397/ with Training_01.txt and Testing_01.txt of its "
         "Partitions.zip there",
-        ("SUN397/Training_01.txt", "SUN397/Testing_01.txt"),
-        lambda d: [file.relative_to(d._data_dir).as_posix() for file in d._image_files],
+        lists=("SUN397/Training_01.txt", "SUN397/Testing_01.txt"),
+        names=lambda d: [file.relative_to(d._data_dir).as_posix() for file in d._image_files],
     ),
     "voc2007": Row(
         "VOCDetection",

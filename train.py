@@ -23,7 +23,7 @@ pictures/. The same command again resumes it; on CPU, with the same number of pr
 bit that of a run that was never stopped. (On CUDA the order, the augmentation and the masks are the same, but
 some kernels add in an order that varies.) Exit codes: 0 finished now or before, or stopped by --max-steps; 1
 failed while running; 2 a mistake in flags or files; 128 + n saved and stopped after signal n. (A second
-Ctrl-C exits with 130 at once and does not save.)
+Ctrl-C exits with 130 at once and does not save. torchrun itself exits with 1 for every code but 0.)
 """
 
 import argparse
@@ -162,14 +162,14 @@ def train_loop(run, dataset, test):
     """
     args, batches, state = run.args, run.batches, run.state
     last_step = min(batches.steps, args.max_steps or batches.steps)
-    something_to_do = state["row_due"] or state["step"] < last_step
+    something_to_do = state["row_due"] or state["step"] < last_step  # else nothing is saved again
 
     # What this process alone knows: the signals it got, an error of its loader, its broken images.
     signals = []
     loader_error = None
     broken = BrokenImages()
 
-    # What all processes agree on after each step.
+    # What all processes agree on after each step: each is true if it is true on any process (`known` below).
     agreed = {"loader_failed": False, "too_many_broken": False, "stop": False, "save": False}
     loss_is_finite = True  # with the weights of the last save
 
@@ -186,10 +186,10 @@ def train_loop(run, dataset, test):
         stream = load_batches(dataset, batches, args.workers, run.device.type == "cuda")
 
         while state["step"] < last_step:
-            # Fetch the micro-batches of this step, each as (images, labels). Other images have taken the
-            # place of broken ones; `broken.count` notes their names and passes the batch on. If the loader
-            # fails, run the step on the micro-batches of the step before, because the other processes wait
-            # for our gradients. All learn of the failure below, and nobody updates its weights.
+            # Fetch the micro-batches of this step, each as (images, labels). The loader has replaced broken
+            # images already; `broken.count` notes their names. If the loader fails, use the micro-batches of
+            # the step before once more: the other processes are waiting for our gradients. All learn of the
+            # failure below, and nobody updates its weights.
             started = time.perf_counter()
             try:
                 fetched = [broken.count(*next(stream)) for _ in range(args.accumulate)]
@@ -223,18 +223,15 @@ def train_loop(run, dataset, test):
                 break
 
             # Update the weights, unless the loss or a gradient is not finite. (`scaler.step` calls
-            # `optimizer.step`. Under fp16 it skips a step whose gradient overflows, and `scaler.update` then
-            # halves the factor on the loss until nothing overflows. As long as that factor is at least 1,
-            # overflows are normal: such a step counts as skipped, but not as one of the BAD_STEPS in a row.)
+            # `optimizer.step`.) Under fp16 always call the scaler: it leaves such a step out by itself, and
+            # halves the factor by which it multiplies the loss. This factor starts too large on purpose.
+            # Until it has come below 1 such steps are normal: they count as skipped, but not as BAD_STEPS.
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if finite or run.scaler.is_enabled():
                 run.scaler.step(run.optimizer)
                 run.scaler.update()
-            searching = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
-            if finite or searching:
-                bad_in_row = 0
-            else:
-                bad_in_row += 1
+            still_normal = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
+            bad_in_row = 0 if finite or still_normal else bad_in_row + 1
             if bad_in_row == BAD_STEPS:
                 raise UserError(
                     f"{BAD_STEPS} steps in a row, up to step {state['step'] + 1}, had a loss or gradient "
@@ -306,7 +303,8 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
         raise own_error
     if agreed["loader_failed"] or agreed["too_many_broken"]:
         raise UserError("another process could not read its images; its message says why", code=1)
-    all_skipped = state["step"] > 0 and state["skipped"] == state["step"]  # not one step was finite
+    # Not one step was finite? Under fp16 that is normal for the first few.
+    all_skipped = state["step"] > 0 and state["skipped"] == state["step"] and not run.scaler.is_enabled()
     if not loss_is_finite or all_skipped:
         raise UserError(
             f"the loss is not finite after {done}; the last good checkpoint, if there is one, stays in "
@@ -315,7 +313,7 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
         )
 
     # Say that it is not finished, and choose the exit code.
-    if state["step"] < steps:
+    if state["step"] < steps or state["row_due"]:
         at_limit = run.args.max_steps and state["step"] >= run.args.max_steps
         limit = ", with a larger --max-steps or none" if at_limit else ""
         print_rank0(
@@ -421,24 +419,28 @@ def write_row(run, test):
     state, steps_per_epoch = run.state, run.batches.steps_per_epoch
     epoch_ends = state["step"] % steps_per_epoch == 0
     try:
-        # Average what the steps added up, and test.
+        # Average what the steps added up. Only finite steps have added losses, so without one there are none.
         sums = dict(state["sums"])
-        steps, seconds, waited, finite = (
-            sums.pop(name, 0.0) for name in ("steps", "seconds", "waited", "finite")
-        )
+        steps = sums.pop("steps", 0.0)
+        seconds = max(sums.pop("seconds", 0.0), 1e-9)
+        waited = sums.pop("waited", 0.0)
+        finite_steps = sums.pop("finite", 0.0)
+        means = {name: total / finite_steps for name, total in sums.items()}
+
+        # Test.
         row = {
             "step": state["step"],
             "epoch": state["step"] / steps_per_epoch,
             "lr": max(group["lr"] for group in run.optimizer.param_groups),
-            **{name: total / finite for name, total in sums.items()},
-            "images_per_s": steps * run.batches.global_batch / max(seconds, 1e-9),
-            "data_wait": waited / max(seconds, 1e-9),
+            **means,
+            "images_per_s": steps * run.batches.global_batch / seconds,
+            "data_wait": waited / seconds,
             "memory_mb": peak_memory_mb(run.device),
             "skipped_steps": state["skipped"],
             **test(run, epoch_ends),
         }
 
-        # Write the row; at an epoch's end draw the curves and print it as well.
+        # Write the row; at an epoch's end draw the curves, and print the row without its lists and counts.
         if run.folder:
             run.folder.log(row)
         if run.folder and epoch_ends:
@@ -593,15 +595,16 @@ def wrap_ddp(model, args, device, example):
 # ------------------------------------------------------------------------------------------------------------
 # Starting a run, and starting it again
 # ------------------------------------------------------------------------------------------------------------
-def create_run(args, device, model, optimizer, example, dataset, laptop_lr, **fields):
-    """Make a run at its start. example: what the model is called with; dataset: see Run; laptop_lr: the rate
-    where neither --lr nor --blr is given; fields: the other fields of Run."""
+def create_run(args, device, model, optimizer, example, dataset, default_lr, **fields):
+    """Make a run at its start. example: what the model is called with; dataset: see Run; default_lr: the rate
+    where neither --lr nor --blr is given; fields: the other fields of Run (min_lr, schedule, prepare, export,
+    and folder if it was taken before)."""
     world = dist.get_world_size()
     batches = ResumableBatchSampler(
         dataset["images"], args.batch_size, args.accumulate, dist.get_rank(), world, args.seed, args.epochs
     )
     # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256.
-    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else laptop_lr)
+    lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else default_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     ddp = wrap_ddp(model, args, device, example)
     return Run(
@@ -620,7 +623,7 @@ def create_run(args, device, model, optimizer, example, dataset, laptop_lr, **fi
 
 def facts_of(dataset):
     """What must not change under a run: the number of training images, and the names of their classes."""
-    return {"images": len(dataset), "classes": list(getattr(dataset, "classes", ()))}
+    return {"images": len(dataset), "classes": list(dataset.classes)}
 
 
 def build_run(args, dataset, device):
@@ -645,7 +648,7 @@ def build_run(args, dataset, device):
         optimizer=build_optimizer(model, args),
         example=example,
         dataset=dataset,
-        laptop_lr=LAPTOP_LR,
+        default_lr=LAPTOP_LR,
         prepare=prepare,
         export=export,
         min_lr=args.min_lr,
@@ -663,6 +666,8 @@ def export_encoder(model, args):
 
 def load_checkpoint(path, args):
     """checkpoint.pt as `save` wrote it, of the same method as `args`."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; --out must be the folder of a run that has saved")
     saved = load_file(path)
 
     # Check that it is whole, and of this method.
@@ -684,34 +689,44 @@ def load_checkpoint(path, args):
 # accumulation (and the number of processes) may change if B' stays: each step keeps its images, but other
 # masks are drawn. On another device, too, masks are drawn otherwise, and with --compile drop path is.
 FREE_FLAGS = set(
-    "out data_root download workers device compile recompute log_every save_every max_steps benchmark draw "
-    "evaluate predict batch_size accumulate".split()
+    "out data_root download workers device compile recompute log_every save_every max_steps batch_size "
+    "accumulate".split()
 )
 
 
-def resume(run):
-    """Continue from checkpoint.pt, if there is one. All flags but FREE_FLAGS must be as they were."""
-    path = Path(run.args.out) / "checkpoint.pt"
+def load_begun(args):
+    """The checkpoint of the run in --out, or None if none was begun. All flags but FREE_FLAGS must be as they
+    were."""
+    path = Path(args.out) / "checkpoint.pt"
     if not path.exists():
-        return
-    saved = load_checkpoint(path, run.args)
-
-    # Compare the flags, then the training set. A finished run needs its set no more.
+        return None
+    saved = load_checkpoint(path, args)
     then = {**saved["args"], "global batch": saved["global_batch"]}
-    now = {**vars(run.args), "global batch": run.batches.global_batch}
+    now = {**vars(args), "global batch": args.batch_size * args.accumulate * dist.get_world_size()}
     changed = [
         f"{key.replace('_', '-')} {then.get(key)} (now {now.get(key)})"
         for key in sorted((then.keys() | now.keys()) - FREE_FLAGS)
         if then.get(key) != now.get(key)
     ]
-    finished = saved["step"] == saved["steps"]
     if changed:
         advice = "use those, or another --out for a new run"
-        if finished and hasattr(run.args, "init") and hasattr(run.model, "encoder"):
+        has_encoder = any(name.startswith("encoder.") for name in saved["model"])
+        if saved["step"] == saved["steps"] and hasattr(args, "init") and has_encoder:
             advice += f" (to train on from its weights: --init {path})"
         raise UserError(f"{path} was made with other flags: {', '.join(changed)}; {advice}")
+    return saved
+
+
+def resume(run):
+    """Continue from checkpoint.pt, if there is one."""
+    path = Path(run.args.out) / "checkpoint.pt"
+    saved = load_begun(run.args)
+    if saved is None:
+        return
+
+    # The training set, too, must be as it was. (A finished run needs it no more.)
     old, new = saved["dataset"], run.dataset
-    if finished:
+    if saved["step"] == saved["steps"]:
         run.batches.steps = saved["steps"]
     elif old != new:
         names = sorted(set(old["classes"]) ^ set(new["classes"]))
@@ -726,6 +741,7 @@ def resume(run):
     try:
         load_strictly(run.model, saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
+        # The states of a parameter, by name: AdamW has exp_avg and exp_avg_sq, LARS mu, SGD momentum_buffer.
         names = set().union(*run.optimizer.state.values()) - {"step"}
         for p, state in run.optimizer.state.items():
             for name in names:
@@ -762,20 +778,20 @@ def run_loop(run, argv, header, dataset, test):
         # Print what shapes the run: its size, precision, batch, learning rate and steps.
         parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
         precision = str(amp_dtype(args, run.device) or torch.float32).removeprefix("torch.")
-        rule = "our default"
+        rule = "the default"
         if args.lr:
             rule = "--lr"
         elif args.blr:
             rule = f"blr {args.blr:g} x {batches.global_batch} / 256"
         if args.warmup_epochs > args.epochs / 2:
-            most = f"the warm-up of {args.warmup_epochs:g} epochs is longer than half of the run"
-            rule += f"; {most}: --warmup-epochs"
+            rule += f"; the warm-up of {args.warmup_epochs:g} epochs is longer than half of the run: lower "
+            rule += "--warmup-epochs"
         print_rank0(
             f"{header}\n{parameters:.4g} M trained parameters, {precision}, {world} x {run.device}\n"
             f"batch: {args.batch_size} images x {world} processes x {args.accumulate} accumulated = "
             f"{batches.global_batch}; learning rate {run.lr:g} ({rule})\n"
             f"{args.epochs} epochs x {batches.steps_per_epoch} steps, starting at step {state['step']}"
-            + ("; so few teach little: --epochs, or a smaller --batch-size" if batches.steps < 100 else "")
+            + ("; so few teach little: raise --epochs or lower --batch-size" if batches.steps < 100 else "")
         )
     return train_loop(run, dataset, test)
 
@@ -1124,7 +1140,8 @@ def parse_args(argv=None, base=()):
         "--val-images",
         type=natural_int,
         default=512,
-        help="images of the val set for val_loss (ours); 0: none",
+        help="images of the val set for val_loss and the pictures (ours); if they are no whole batch, there "
+        "is no val_loss, and the pictures are of training images",
     )
     add(
         "--benchmark",
@@ -1136,7 +1153,7 @@ def parse_args(argv=None, base=()):
         "--draw",
         nargs="+",
         metavar="IMAGE",
-        help="draw pictures of these images with the run in --out, and stop",
+        help="draw pictures of these images with the run in --out and its flags, and stop",
     )
     add_data_args(parser)
     has_vit = not hasattr(METHODS[method], "export_file")  # a tokenizer has none
@@ -1341,8 +1358,8 @@ def benchmark(args, argv, device):
             steps[-1]()
         flops.append(counter.get_total_flops())
 
-    # Time them in turns with eight matrix products in a row, so that one quiet moment does not stand for the
-    # machine.
+    # Time them in turns, ten rounds, so that a busy moment of the machine hits each of them alike. The matrix
+    # product comes first in a round, eight times in a row, so that it lasts long enough to be timed.
     size = PRODUCT_SIZE[device.type]
     a, b = torch.randn(2, size, size, device=device, dtype=amp_dtype(args, device) or torch.float32)
 
@@ -1382,8 +1399,11 @@ def main(argv=None):
     """Parse, join the processes, then train or time or draw."""
 
     def program(args, argv, device):
-        what = draw if args.draw else benchmark if args.benchmark is not None else pretrain
-        return what(args, argv, device)
+        if args.draw:
+            return draw(args, argv, device)
+        if args.benchmark is not None:
+            return benchmark(args, argv, device)
+        return pretrain(args, argv, device)
 
     run_program("train.py", argv, parse_args, program)
 

@@ -916,6 +916,11 @@ def test_broken_training_images_are_left_out_of_cached_features(
     labels = [label for i, label in enumerate(whole.labels) if "03.png" not in whole.name(i)]
     assert train_y.tolist() == labels  # each feature keeps its own label
 
+    # Other flags are refused before the long work.
+    cached.clear()
+    run(*flags, "--data", tmp_path / "set", "--out", tmp_path / protocol, "--seed", 1, code=2)
+    assert "other flags: seed 0 (now 1)" in capsys.readouterr().err and not cached
+
 
 def test_several_sets_make_a_row(encoder, folder, tmp_path, capsys, monkeypatch):
     make_voc2007(tmp_path)
@@ -1219,7 +1224,7 @@ def test_mistakes_with_predict_are_one_clear_line(finished, folder, tmp_path, ca
     (tmp_path / "out" / "predictions.csv").mkdir(parents=True)  # in the way
     for images, code, words in (
         ("", 2, "--predict : goes with --evaluate RUN, and names images"),
-        ("nowhere", 2, "nowhere: no images in it can be read (No such file or directory)"),
+        ("nowhere", 2, "nowhere: there is no such file or folder; check the path"),
         (tmp_path / "empty", 2, "no images in it (looked for .jpg"),
         (folder / "val", 1, "predictions.csv could not be written"),
     ):

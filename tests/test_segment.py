@@ -481,8 +481,8 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
         (lambda root: (root / "classes.txt").unlink(), "bad: neither shapes nor a folder", "no classes.txt"),
         (write_classes("sky\n"), "names 1 classes"),
         (write_classes("sky\n\nroad\n"), "names 3 classes, 1 of them by an empty line"),
-        (lambda root: shutil.rmtree(root / "images/validation"), "images/validation: no images in it"),
-        (lambda root: shutil.rmtree(root / "images"), "images/training: no images in it"),
+        (lambda root: shutil.rmtree(root / "images/validation"), "images/validation: there is no such file"),
+        (lambda root: shutil.rmtree(root / "images"), "images/training: there is no such file or folder"),
     ):
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(scenes, tmp_path / "bad")

@@ -252,6 +252,19 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_one_never_stopped(
     )
 
 
+def test_a_signal_in_the_last_step_is_said_and_its_row_is_written_by_the_next_start(
+    folder, tmp_path, capsys, monkeypatch
+):
+    flags = ("--method", "mae", "--data", folder, "--out", tmp_path)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(*flags, code=128 + signal.SIGTERM)
+    assert "stopped after step 15 of 15" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10]
+    run(*flags)
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10, 15]
+
+
 def test_accumulation_takes_contiguous_slices(folder, tmp_path):
     """MAE's loss is a mean over images: two micro-batches of 4 give the gradient of one of 8, for given
     masks."""
@@ -977,6 +990,16 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(folder, tmp_
     assert [row["skipped_steps"] for row in rows(tmp_path)] == [0] * 7 + [1] * 8
     assert [row["step"] for row in rows(tmp_path) if "loss" not in row] == [8]
     assert "1 of 15 steps were skipped" in capsys.readouterr().out
+
+
+def test_a_short_fp16_run_may_skip_all_its_steps(folder, tmp_path, capsys, monkeypatch):
+    """The scaler begins with a factor under which gradients overflow, and halves it step by step."""
+    real = train.forward_backward
+    monkeypatch.setattr(train, "forward_backward", lambda *args: {**real(*args), "grad_norm": math.inf})
+    run("--method", "mae", "--data", folder, "--out", tmp_path, "--precision", "fp16", "--max-steps", 2)
+    said = capsys.readouterr()
+    assert "2 of 2 steps were skipped" in said.out and "the loss is not finite" not in said.err
+    assert checkpoint(tmp_path)["step"] == 2
 
 
 def test_weights_that_a_step_has_spoiled_are_not_saved(folder, tmp_path, capsys):
