@@ -26,13 +26,23 @@ A task decides what is trained on top of the encoder. With patches of 16 pixels:
         -- region proposal network -----------> boxes that may hold an object
         -- heads of Mask R-CNN ---------------> per image boxes (N, 4), classes (N,), masks (N, 1, ..)
 
+To read one run from its flags to results.json, begin with `program`. It builds the model and a task, and
+gives both to `run_task` of finetune.py, which runs `train_loop` of train.py. From there is called
+
+    task.prepare        of a loaded batch: what the model is called with
+    model.forward       the loss, and numbers for the log
+    task.schedule       the learning rate
+    task.test           at an epoch's end: the numbers of the test set; writes best.pt
+    task.results        after the last step: results.json, predictions and pictures
+
 Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2. What differs from them:
     - Segmentation follows BEiT's and CAE's code (which is mmsegmentation's), without their learned relative
       position bias, which the papers do not mention. Photometric distortion is torchvision's colour jitter:
       see `SceneTransform`. BatchNorm is synchronised between processes on CUDA alone.
-    - Detection is torchvision's Mask R-CNN: see `Detector`. Not here: Cascade Mask R-CNN (MixedAE Sec. 4.3,
-      CAE Table 7), ViTDet's window attention and relative positions, and the second augmentation of CAE's
-      code (resize, crop, resize), which its paper does not mention.
+    - Detection is torchvision's Mask R-CNN: see `Detector`. Not here: Cascade Mask R-CNN, with which all
+      detection numbers of MixedAE (Sec. 4.3) and CAE's Table 7 were made, so these cannot be repeated with
+      this file; ViTDet's window attention and relative positions; and the second augmentation of CAE's code
+      (resize, crop, resize), which its paper does not mention.
 """
 
 import argparse
@@ -69,7 +79,6 @@ from data import (
     SHAPES_TRAIN,
     SHAPES_VAL,
     ImageFiles,
-    RunFolder,
     Shapes,
     TrainDataset,
     broken_name,
@@ -80,15 +89,18 @@ from data import (
     writing,
 )
 from finetune import (
+    EVALUATE_FLAGS,
     Tested,
     add_encoder_args,
     add_layer_args,
     check_encoder_args,
     confusion_matrix,
     example_of,
+    folder_of_results,
     init_linear,
     layer_decay_groups,
     load_finished,
+    note_useless,
     open_encoder,
     read_batches,
     replace_args,
@@ -411,15 +423,18 @@ class Detector(detection.MaskRCNN):
             mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(channels, channels, classes + 1),
         )
         self.transform = DetectorTransform(
-            min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=2 * p
-        )
+            min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=4 * p
+        )  # 4 p is the stride of "pool": torchvision's anchors lie right only where all maps fit the image
 
-        # torchvision's pooling guesses the maps' strides once, from its first batch: size of the map over
-        # size of the image before padding, rounded to a power of 2. A thin image would give a wrong one, for
-        # good. So show it sizes that are exact: an image of 8 x 8 patches, maps of 32, 16, 8 and 4 places.
+        # torchvision's RoI pooling has no argument for the strides of its maps. It derives them from its
+        # first batch (size of the map over size of the image before padding, rounded to a power of 2) and
+        # keeps them, so a thin first image would make them wrong for the whole run. So call it once with
+        # sizes that are exact: an image of 8 x 8 patches, maps of 32, 16, 8 and 4 places.
         maps = {str(i): torch.zeros(1, 1, side, side) for i, side in enumerate((32, 16, 8, 4))}
         for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
             pool(maps, [torch.zeros(0, 4)], [(8 * p, 8 * p)])
+
+        # Decode boxes in fp32 (see `decode_fp32`).
         for coder in (self.rpn.box_coder, self.roi_heads.box_coder):
             coder.decode = partial(decode_fp32, coder.decode)
         self.to(memory_format=torch.channels_last)  # the layout of LayerNorm2d's output
@@ -429,8 +444,9 @@ class Detector(detection.MaskRCNN):
         return self.backbone.encoder
 
     def forward(self, images, targets=None):
-        # torchvision's parts return losses if their own `training` is set. What they contain (BatchNorm, drop
-        # path) stays as train() or eval() left it, so that a loss can be computed in eval mode too.
+        # torchvision has one switch, `training`, for two things: whether a part returns losses or what it
+        # found, and how BatchNorm and drop path behave. Here the targets decide the first, by the attribute
+        # of these four modules alone; train() and eval() decide the second, for all that these contain.
         for part in (self, self.transform, self.rpn, self.roi_heads):
             part.training = targets is not None
         output = super().forward(images, targets)
@@ -462,9 +478,10 @@ def detection_metrics(truth, rows):
     .._medium, .._large and the same of masks, in per cent; a size that no object has does not count."""
     metrics = {}
     keys = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    for name, kind, other in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
-        # Copy the rows, for pycocotools writes into them. Without its bbox a row's area is that of its mask.
-        own = [{key: row[key] for key in row.keys() - {other}} for row in rows]
+    for name, kind, left_out in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
+        # Give pycocotools copies, because it writes into the rows. It tells small, medium and large objects
+        # by the area of a row's bbox, if there is one; for masks it must be the mask's: leave the bbox out.
+        own = [{key: row[key] for key in row.keys() - {left_out}} for row in rows]
         with redirect_stdout(None):  # pycocotools prints
             found = truth.loadRes(own) if own else coco.COCO()
             evaluation = cocoeval.COCOeval(truth, found, kind)
@@ -517,7 +534,7 @@ class DenseEvalDataset(TrainDataset):
 
 
 @dataclass
-class Task(Tested):
+class DenseTask(Tested):
     """A model, the images that it is tested on, and what both tasks do alike."""
 
     args: argparse.Namespace
@@ -525,6 +542,7 @@ class Task(Tested):
     info: dict  # of the encoder: mean and std
     device: torch.device
     test_set: object
+    seen: int = 0  # how many images `my_images` has read
 
     def images_at(self, ids, consequence):
         """(i, image, truth) of the test images with these indices. A broken one is named, with the
@@ -539,11 +557,12 @@ class Task(Tested):
         """`images_at` for this process's share of the test images, which are consecutive. Each image is
         looked at by itself, so no result depends on the number of processes."""
         shares = torch.arange(len(self.test_set)).tensor_split(dist.get_world_size())
-        return self.images_at(shares[dist.get_rank()].tolist(), consequence)
+        for i, image, truth in self.images_at(shares[dist.get_rank()].tolist(), consequence):
+            self.seen += 1
+            yield i, image, truth
 
     def measure(self, folder):
-        """The numbers of the test set, for `Tested.test`. No file is written: confusion.csv, predictions.json
-        and pictures come once, at the end of the run."""
+        """The numbers of the test set, without files; `Tested.test` calls it at an epoch's end."""
         return self.results(folder=None)
 
     def best_file(self):
@@ -566,11 +585,14 @@ class Task(Tested):
             folder.write_picture(name, picture_sheet(panels, legend))
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """A Segmenter, and the scenes that it is tested on."""
 
     metric = "miou"  # chooses best.pt
-    schedule = staticmethod(linear_lr)
+
+    def schedule(self, *numbers):
+        """See `linear_lr`."""
+        return linear_lr(*numbers)
 
     def prepare(self, images, masks=None):
         """A batch -> what the model is called with."""
@@ -631,7 +653,7 @@ class Segmentation(Task):
                 mask.save(path)
 
 
-class Detection(Task):
+class Detection(DenseTask):
     """A Detector, and the images that it is tested on."""
 
     metric = "box_ap"  # chooses best.pt
@@ -779,7 +801,8 @@ def program(args, argv, device):
 def evaluate(args, device):
     """--evaluate: the numbers of a finished run on its own test set or on --data's, or with --predict what it
     finds in the images of a folder -> exit code."""
-    # Load the run. Flags that have no value now have the run's; those of the model can only be repeated.
+    # Load the run. A flag that was given now wins over the run's (--window, --data ...); where none was given
+    # (None) the run's value is taken. Flags of the model may be repeated, but not changed.
     run = args.evaluate[0]
     model, saved = load_finished(run, args, device, build_model)
     own = saved["args"]
@@ -787,15 +810,18 @@ def evaluate(args, device):
     for flag in MODEL_FLAGS:
         value = given.get(flag, own.get(flag))
         if value != own.get(flag):
-            flag = flag.replace("_", "-")
-            raise UserError(f"--{flag} {value}: {run} has {own.get(flag)}; leave the flag out")
+            raise UserError(
+                f"--{flag.replace('_', '-')} {value}: {run} has {own.get(flag)}; leave the flag out"
+            )
     given |= {"image_size": own["image_size"], "out": args.out or "runs/evaluate"}
     args = argparse.Namespace(**{**own, **given})
+    if args.task == "detect":
+        check_pycocotools()
     root = Path(args.predict or "")
     root = root.parent if root.is_file() else root
-    if args.predict and root.resolve() == Path(args.out).resolve():
-        raise UserError(f"--out {args.out}: holds the images of --predict, which masks would replace")
-    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
+    if args.predict and Path(args.out).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
+    folder = folder_of_results(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
 
     # Open the images.
@@ -812,7 +838,12 @@ def evaluate(args, device):
     # Predict, or test.
     if args.predict:
         task.predict_files([Path(path).relative_to(root) for path in test_set.paths], folder)
-        print_rank0(f"{args.out}: what is found in {len(test_set)} images of {args.predict}")
+        seen = torch.tensor(task.seen, device=device)
+        dist.all_reduce(seen)
+        if not seen:
+            raise UserError(f"--predict {args.predict}: none of its {len(test_set)} images can be read")
+        left_out = f"; {len(test_set) - seen} broken, left out"
+        print_rank0(f"{args.out}: what is found in {seen} images of {args.predict}{left_out}")
         return 0
     results = task.results(folder)
     if folder:
@@ -826,7 +857,8 @@ def evaluate(args, device):
 # Flags of the model of a run: with --evaluate they can only be repeated.
 MODEL_FLAGS = ("task", "head", "head_width", "neck", "proposals", "rois")
 
-# Epochs and batches are ours, for a laptop; the other numbers are CAE's for ViT-B (Appendix A and its code).
+# Epochs, batches, image size and head width are ours, for a laptop. Layer decay and drop path are CAE's for
+# ViT-B (Appendix A and its code).
 DEFAULTS = {
     "segment": dict(
         epochs=5,
@@ -886,14 +918,6 @@ def parse_args(argv=None):
             help="UperNet, everything trained; or a linear layer on the patches of the frozen encoder",
         )
         add(
-            "--scale",
-            type=bounded(float, 0.01, 100),
-            nargs=2,
-            default=[0.5, 2.0],
-            metavar=("MIN", "MAX"),
-            help="training images are resized to this much of the crop, at random",
-        )
-        add(
             "--window",
             choices=("slide", "whole"),
             help="test on windows of the crop's size, two thirds of it apart, or on the whole image at once "
@@ -932,8 +956,11 @@ def parse_args(argv=None):
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
     if args.evaluate:
-        # Parse again without these defaults, to see which of the flags were given.
-        parser.set_defaults(**dict.fromkeys(MODEL_FLAGS))
+        # The model's flags have defaults, which hide whether they were given. Parse again with None as their
+        # default.
+        useful = EVALUATE_FLAGS.union(MODEL_FLAGS, ["window", "first_label"])
+        note_useless(parser, argv, "--evaluate", vars(args).keys() - useful)
+        parser.set_defaults(**dict.fromkeys((*MODEL_FLAGS, "image_size")))
         args = parser.parse_args(argv)
     check_encoder_args(parser, args)
     resolve_warmup(args, most=args.epochs / 10)
@@ -944,10 +971,10 @@ def parse_args(argv=None):
     args.data = "shapes" if args.data is None else args.data
     if task == "detect" and args.compile and args.resize == "multi-scale":
         parser.error("--compile: wants images of one size, so --resize jitter")
-    if task == "segment" and args.scale[0] > args.scale[1]:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: needs MIN <= MAX")
-    if task == "segment" and args.batch_size < 2:
+    if task == "segment" and args.head == "uper" and args.batch_size < 2:
         parser.error("--batch-size 1: BatchNorm needs at least 2 images; use 2 or more")
+    if task == "segment" and args.head == "linear":
+        note_useless(parser, argv, "--head linear", ("head_width", "layer_decay", "drop_path"))
     return args
 
 
@@ -1005,7 +1032,8 @@ def check_some(dataset):
 
 def random_crop(size, mean, outside):
     """A random crop. An image that is smaller is first padded with the mean colour, a mask with `outside`."""
-    # v2 takes the first plain tensor for the image, and leaves labels as they are.
+    # `fill` goes by type: the image is a plain tensor. (Labels are plain tensors too, but v2 treats only the
+    # first as an image.)
     fill = {torch.Tensor: [int(255 * channel) for channel in mean], tv_tensors.Mask: outside}
     return v2.RandomCrop(size, pad_if_needed=True, fill=fill)
 
@@ -1017,14 +1045,18 @@ class Scenes(ImageFiles):
     """Images with a mask in ADE20K's layout: set[i] -> (uint8 (3, height, width), Mask uint8 (height, width)
     of classes 0 .. len(classes) - 1 and IGNORE).
 
-    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png. There classes count from
-    1, and 0 and 255 are ignored; with --first-label 0 they count from 0, and 255 alone is ignored. A mask
-    fits its image after the image's EXIF rotation.
+    folder/images/SPLIT/NAME.jpg has its mask in folder/annotations/SPLIT/NAME.png; if images lie in folders
+    of their own, so do masks. There classes count from 1, and 0 and 255 are ignored; with --first-label 0
+    they count from 0, and 255 alone is ignored. A mask fits its image after the image's EXIF rotation.
     """
 
     def __init__(self, folder, split, classes, first_label):
         paths = open_folder(Path(folder, "images", split)).paths
-        masks = [Path(folder, "annotations", split, Path(path).stem + ".png") for path in paths]
+        images, annotations = (Path(folder, part, split) for part in ("images", "annotations"))
+        masks = [annotations / Path(path).relative_to(images).with_suffix(".png") for path in paths]
+        twice = [mask for mask, count in Counter(masks).items() if count > 1]
+        if twice:
+            raise UserError(f"{folder}: two images share the mask {twice[0]}; give each a name of its own")
         missing = [mask for mask in masks if not mask.is_file()]
         if missing:
             raise UserError(
@@ -1130,23 +1162,24 @@ def open_scenes(args, split):
 
 class SceneTransform:
     """Training images and masks together, as BEiT's and CAE's code do: the short side resized to .5 to 2
-    times the crop's (--scale), a random crop of which no class fills more than .75 (of ten tries), flip,
-    photometric distortion.
+    times the crop's, a random crop of which no class fills more than .75 (of ten tries), flip, photometric
+    distortion.
 
-    What differs: there up to 32 of 255 are added to the brightness (here it has a factor of .875 to 1.125),
-    colours are distorted before a small image is padded (with the mean colour; the padding is ignored), and
-    the place of contrast in the order is random.
+    What differs from mmsegmentation's distortion: there up to 32 of 255 are added to the brightness (here it
+    has a factor of .875 to 1.125), saturation scales S of HSV (here it blends with grey), colours are
+    distorted before a small image is padded (with the mean colour; the padding is ignored), and contrast
+    comes second or last, at random.
     """
 
-    def __init__(self, args, mean):
-        self.scale = args.scale
+    def __init__(self, args, mean, scale=(0.5, 2.0)):
+        self.scale = scale
         self.short = min(args.image_size)
         self.crop = random_crop(args.image_size, mean, IGNORE)
         jitters = [
             v2.ColorJitter(brightness=0.125),
-            v2.ColorJitter(contrast=0.5),
+            v2.ColorJitter(brightness=0.5),  # what mmsegmentation calls contrast: pixels times .5 to 1.5
             v2.ColorJitter(saturation=0.5),
-            v2.ColorJitter(hue=0.05),
+            v2.ColorJitter(hue=0.1),  # mmsegmentation: 18 of OpenCV's 180, which is a tenth of the circle
         ]
         distortions = [v2.RandomApply([jitter]) for jitter in jitters]  # each with probability .5
         self.rest = v2.Compose([v2.RandomHorizontalFlip(), *distortions])
@@ -1245,8 +1278,8 @@ class CocoObjects(ImageFiles):
     """COCO's format: folder/annotations/instances_NAME.json, images in folder/NAME/. set[i] -> (uint8
     (3, height, width), target as `as_target` makes it).
 
-    Crowds and boxes without area are no objects to train on (COCO's own train2017 has both); in testing
-    COCO's evaluation treats crowds as it does. An image without an object is tested, not trained on, as in
+    Crowds, and boxes without area, are not trained on (COCO's own train2017 has both). In testing COCO's
+    evaluation ignores what is found in a crowd. An image without an object is tested, not trained on, as in
     detectron2 and mmdetection.
     """
 
@@ -1349,12 +1382,14 @@ class DrawnObjects(Shapes):
 
     @cached_property
     def truth(self):
-        """The objects of the whole split as pycocotools holds them, made as a perfect result would be."""
+        """The objects of the whole split as pycocotools holds them."""
+        # Write them as rows of results, because `coco_results` makes boxes and RLEs in COCO's form. It wants
+        # scores, which truth does not have: give it the labels in their place.
         notes = []
         for i in self.image_ids:
             target = self[i][1]
             masks = target["masks"].unsqueeze(1)
-            perfect = {**target, "masks": masks, "scores": target["labels"]}  # any scores: truth has none
+            perfect = {**target, "masks": masks, "scores": target["labels"]}
             notes += coco_results(perfect, i, self.category_ids)
         height, width = self.image_size
         content = {
@@ -1365,13 +1400,17 @@ class DrawnObjects(Shapes):
         return coco_truth(content)
 
 
-def open_objects(args, split):
-    """--data -> a set with boxes and masks."""
+def check_pycocotools():
     if coco is None:
         raise UserError(
             "--task detect reads COCO's files and computes its metric with pycocotools: pip install "
             "pycocotools"
         )
+
+
+def open_objects(args, split):
+    """--data -> a set with boxes and masks."""
+    check_pycocotools()
     if args.data == "shapes":
         return DrawnObjects(args.image_size, split, DRAWN[split])
     found = sorted(Path(args.data, "annotations").glob(f"instances_{split}*.json"))

@@ -855,8 +855,9 @@ def load_finished(path, args, device, build):
         if flag == "image_size" and value:
             value = [value[0], value[-1]]
         if value not in (None, own.get(flag)):
-            flag = flag.replace("_", "-")
-            raise UserError(f"--{flag} {value}: {file} has {own.get(flag)}; leave the flag out")
+            raise UserError(
+                f"--{flag.replace('_', '-')} {value}: {file} has {own.get(flag)}; leave the flag out"
+            )
 
     # Say which epoch it is, and what the last one had. The run's own test set chose it, so its number there
     # is optimistic.
@@ -870,6 +871,13 @@ def load_finished(path, args, device, build):
         f"{saved['metric']} on its own test set; {last}"
     )
     return model.to(device).eval(), saved
+
+
+def folder_of_results(path):
+    """The folder that --evaluate and --objects write to; not a run's, whose results they would replace."""
+    if Path(path, "checkpoint.pt").exists():
+        raise UserError(f"--out {path}: holds a run, whose results would be replaced; choose another folder")
+    return RunFolder(path)
 
 
 def evaluate(args, device):
@@ -910,7 +918,7 @@ def evaluate(args, device):
         return 0
 
     # Write the numbers of the test set.
-    folder = RunFolder(args.out or "runs/evaluate")
+    folder = folder_of_results(args.out or "runs/evaluate")
     if not args.predict:
         results = report(folder, probabilities, dataset, metric)
         write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", results)
@@ -1094,7 +1102,7 @@ def measure_objects(args, device):
 
     # Write.
     if dist.get_rank() == 0:
-        out = RunFolder(args.out or "runs/objects")
+        out = folder_of_results(args.out or "runs/objects")
         out.write_text("results.json", json.dumps(results, indent=1))
         out.write_picture("objects.png", picture_sheet(panels))
         print_rank0(f"{out.path}: results.json, pictures/objects.png")
@@ -1189,6 +1197,11 @@ def parse_args(argv=None):
     resolve_warmup(args, WARMUP[protocol])
     args.data = args.data or ([] if args.evaluate else ["shapes"])
 
+    if args.evaluate:
+        note_useless(parser, argv, "--evaluate", vars(args).keys() - EVALUATE_FLAGS)
+    if args.objects:
+        note_useless(parser, argv, "--objects", vars(args).keys() - OBJECTS_FLAGS)
+
     # --objects compares encoders on one folder; everything else takes one encoder.
     args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
@@ -1211,6 +1224,28 @@ def parse_args(argv=None):
             f"each with its --out"
         )
     return args
+
+
+# The flags that --evaluate and --objects use. Of the run's encoder (second line) they may only repeat what it
+# has.
+EVALUATE_FLAGS = set(
+    "protocol evaluate predict data data_root download out device precision workers batch_size "
+    "image_size patch_size width depth heads mean std feature".split()
+)
+OBJECTS_FLAGS = set(
+    "protocol objects encoder data out device precision workers batch_size seed "
+    "image_size patch_size size width depth heads mean std".split()
+)
+
+
+def note_useless(parser, argv, mode, useless):
+    """Name the flags that stand in argv and do nothing in this mode."""
+    parser = copy.deepcopy(parser)
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args(argv))))  # what was not given is None
+    given = {flag for flag, value in vars(parser.parse_args(argv)).items() if value is not None}
+    named = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(given & set(useless)))
+    if named:
+        print_rank0(f"note: {named}: without effect with {mode}")
 
 
 def add_layer_args(add):

@@ -85,7 +85,7 @@ def segmenter(*flags, classes=5):
 
 
 def transform(size, scale):
-    return dense.SceneTransform(argparse.Namespace(image_size=list(size), scale=scale), data.MEAN)
+    return dense.SceneTransform(argparse.Namespace(image_size=list(size)), data.MEAN, scale)
 
 
 def test_ade20ks_layout(scenes, tmp_path):
@@ -373,10 +373,26 @@ def test_evaluating_takes_another_window_but_no_other_model(scenes, encoder, tmp
     assert (confusion(tmp_path / "run") != confusion(tmp_path / "whole")).any()
     run("--evaluate", tmp_path / "run", "--out", tmp_path / "same", "--head", "linear")
     capsys.readouterr()
-    others = ("task", "detect", "segment"), ("head", "uper", "linear"), ("head-width", 8, None)
+    others = ("task", "detect", "segment"), ("head", "uper", "linear"), ("patch-size", 8, 4)
     for flag, value, own in others:
         run("--evaluate", tmp_path / "run", "--out", tmp_path / "other", f"--{flag}", value, code=2)
-        one_line(capsys, f"--{flag} {value}: {tmp_path / 'run'} has {own}; leave the flag out")
+        one_line(capsys, f"--{flag} {value}: {tmp_path / 'run'}", f" has {own}; leave the flag out")
+
+    # Nor does it take the folder of a run; and flags without effect are named.
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "run", code=2)
+    one_line(capsys, f"--out {tmp_path / 'run'}: holds a run")
+    run("--evaluate", tmp_path / "run", "--out", tmp_path / "same", "--lr", 1, "--seed", 0)
+    assert re.search("note: .*--lr, .*--seed.*: without effect with --evaluate", capsys.readouterr().out)
+
+    # Masks never land among the images, and a folder of broken images is a mistake.
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"no image")
+    predict = ("--evaluate", tmp_path / "run", "--predict", images, "--out")
+    run(*predict, images / "masks", code=2)
+    one_line(capsys, "lies among the images of --predict")
+    run(*predict, tmp_path / "masks", code=2)
+    assert "none of its 1 images can be read" in capsys.readouterr().err
 
 
 def test_masks_that_count_from_0(scenes, encoder, tmp_path, capsys):
@@ -441,7 +457,7 @@ def test_a_share_of_the_training_images(scenes, encoder, tmp_path, monkeypatch):
 
 
 def test_a_model_that_can_see_the_class_learns_it(scenes, encoder, tmp_path):
-    sizes = ("--head-width", 8, "--scale", 1, 1, "--drop-path", 0)
+    sizes = ("--head-width", 8, "--drop-path", 0)
     run("--encoder", encoder, "--data", scenes, "--out", tmp_path, *sizes, "--epochs", 25, "--lr", 3e-3)
     assert results(tmp_path)["pixel_accuracy"] > 60  # chance: 25; most of the rest lies on edges
 
@@ -478,6 +494,11 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
             "1 of 12 masks are missing, the first is",
             "03.png",
         ),
+        (
+            lambda root: shutil.copy(root / "images/training/03.png", root / "images/training/03.jpeg"),
+            "two images share the mask",
+            "03.png",
+        ),
         (lambda root: (root / "classes.txt").unlink(), "bad: neither shapes nor a folder", "no classes.txt"),
         (write_classes("sky\n"), "names 1 classes"),
         (write_classes("sky\n\nroad\n"), "names 3 classes, 1 of them by an empty line"),
@@ -491,8 +512,6 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
         one_line(capsys, *words)
     for flags, word in (
         (("--image-size", 2), "image size 2 x 2"),
-        (("--scale", 0, 1), "--scale: 0: must be"),
-        (("--scale", 2, 1), "--scale 2.0 1.0: needs MIN <= MAX"),
         (("--head-width", 0), "--head-width: 0: must be"),
         (("--batch-size", 1), "--batch-size 1"),
         (("--label-fraction", 0), "--label-fraction: 0: must be"),
