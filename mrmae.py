@@ -40,7 +40,7 @@ hidden ones, and the two do not compete for the same tokens.
     attention map        saliency (B, L): the attention of the teacher's CLS to each patch, in its last block,
                          mean over heads
     random masking       vit.random_visible: in MAE always, here with --visible random
-    Focused Mimicking    salient_visible: the V most salient patches or, with --visible sampled, drawn ones
+    Focused Mimicking    salient_visible: the V most salient patches
     Multi-layer Fusion   the sum in MAE.encode, over the blocks of --fuse-layers
     Masked Convolution   vit.ConvStem, with --stem conv (MAE with it is MCMAE); vit.ConvBlock.forward zeroes
                          the hidden places
@@ -297,25 +297,16 @@ def mimic_loss(mimicked, features):
     return (mimicked.float() - target).square().mean()
 
 
-def salient_visible(saliency, visible, how):
-    """Focused mimicking (Sec. 3.3): the ids (B, V) of the visible patches, in raster order.
-
-    saliency (B, L), not negative; visible: V; how: "top-k", the V most salient patches, or "sampled", V
-    patches drawn one after the other without replacement, with probabilities in proportion to saliency.
-    (Random ones, for which no saliency is needed: vit.random_visible.)
-    """
-    if how == "sampled":
-        # Divide each saliency by a random number from the exponential distribution. The V patches with the
-        # largest quotients are such a draw (the "exponential race"). torch.multinomial does the same, but
-        # also checks its input, for which the CPU must wait for the GPU.
-        saliency = saliency / torch.empty_like(saliency).exponential_()
+def salient_visible(saliency, visible):
+    """Focused mimicking (Sec. 3.3): the ids (B, V) of the V = `visible` most salient patches, in raster
+    order. saliency: (B, L). (Random ones, for which no saliency is needed: vit.random_visible.)"""
     return saliency.topk(visible, dim=1).indices.sort(dim=1).values
 
 
 def joint_saliency(maps):
     """Saliency of all teachers, a list of (B, L) -> (B, L): the mean of the maps, each first divided by its
     sum, so that each teacher has the same weight. (This is ours: Table 4 only says "Joint".) With one teacher
-    neither the order of the patches nor the draw depends on it."""
+    the order of its patches stays as it is."""
     return sum(m / m.sum(dim=1, keepdim=True) for m in maps) / len(maps)
 
 
@@ -453,7 +444,7 @@ class MRMAE(MAE):
         elif self.visible == "random":
             ids = random_visible(len(images), L, self.num_visible, images.device)  # (B, V)
         else:
-            ids = salient_visible(joint_saliency(saliency), self.num_visible, self.visible)  # (B, V)
+            ids = salient_visible(joint_saliency(saliency), self.num_visible)  # (B, V)
         hidden = hidden_mask(ids, L)  # (B, L), equal to `mask` if that was given
 
         # Gather F_v, the teachers' features that are to be predicted: of the visible patches or, with
@@ -554,10 +545,9 @@ class MRMAE(MAE):
         )
         add(
             "--visible",
-            choices=("top-k", "sampled", "random"),
+            choices=("top-k", "random"),
             default="top-k",
-            help="the most salient patches, patches sampled by saliency, or random ones (Table 3: focused "
-            "mimicking or not)",
+            help="the most salient patches, or random ones (Table 3: focused mimicking or not)",
         )
 
         # Where the student mimics.
@@ -904,9 +894,10 @@ def from_published(state_dict):
 #   name the teachers of the other sizes: `clip` and `dino` are ViT-B/16 for students of every size.
 # - Focused masks choose what the *encoder* sees ("we select the most salient tokens ... for visible feature
 #   mimicking"). Saliency is the softmax of the teacher's last layer: the row of CLS, patches only, mean over
-#   heads. "Most salient" means the top k, our default: the mask of an image then depends on nothing but its
-#   crop. But MILAN, which the paper calls similar, samples in proportion to saliency, as --visible sampled
-#   does. A third reading, random masks and a mimic loss on their salient tokens alone, is not here.
+#   heads. "Most salient" means the top k: the mask of an image then depends on nothing but its crop. MILAN,
+#   which the paper calls similar, samples in proportion to saliency; on our data that was neither better nor
+#   worse (docs/results.md). A third reading, random masks and a mimic loss on their salient tokens alone, is
+#   not here.
 # - F_v are the teacher's patch tokens after its last block and its final LayerNorm, without CLS (Eq. 2 counts
 #   l_v patches). CLIP itself applies this norm and the projection behind it to CLS alone. We keep the norm,
 #   and drop the projection, which would change the width.

@@ -423,22 +423,13 @@ def test_given_features_are_what_asking_the_teacher_gives(student, flags):
 # ------------------------------------------------------------------------------------------------------------
 def test_focused_mimicking_shows_exactly_the_most_salient_patches(student):
     saliency = torch.rand(64, 16)
-    ids = mrmae.salient_visible(saliency, 4, "top-k")
+    ids = mrmae.salient_visible(saliency, 4)
     assert torch.equal(ids, saliency.argsort(1, descending=True)[:, :4].sort(1).values)
-    ties = mrmae.salient_visible(torch.ones(2, 16), 4, "top-k")
+    ties = mrmae.salient_visible(torch.ones(2, 16), 4)
     assert (ties.diff(dim=1) > 0).all()  # still 4 different ones
     out = student().predict(torch.randn(4, 3, 16, 16))
     for seen, hidden in zip(out["saliency"][0], out["mask"]):
         assert seen[~hidden].min() >= seen[hidden].max() and (~hidden).sum() == 4
-
-
-def test_sampling_follows_the_saliency():
-    saliency = torch.tensor([0.5, 0.3, 0.1, 0.1]).expand(20000, -1)
-    ids = mrmae.salient_visible(saliency, 2, "sampled")
-    assert (ids[:, 0] < ids[:, 1]).all()  # two different ones, sorted
-    # Drawn one after the other: P(0 is among two) = .5 + .3 (.5 / .7) + 2 (.1) (.5 / .9).
-    expected = 0.5 + 0.3 * 0.5 / 0.7 + 0.2 * 0.5 / 0.9
-    assert abs((ids == 0).any(1).float().mean() - expected) < 0.015
 
 
 def test_random_masks_do_not_ask_the_saliency(student):
@@ -484,7 +475,6 @@ def ablations():
     ]
     rows += [
         ("", "features alone at the decoder", "--mimic-at decoder --recon-weight 0"),
-        ("", "sampled", "--visible sampled"),
         ("", "raw pixels", "--no-norm-pix"),
     ]
 
@@ -705,7 +695,7 @@ def test_mistakes_get_one_line(flags, words, files, folder, tmp_path, capsys, mo
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(teacher_file, folder, tmp_path):
-    flags = ("--method", "mrmae", "--teacher", teacher_file, "--data", folder, "--visible", "sampled")
+    flags = ("--method", "mrmae", "--teacher", teacher_file, "--data", folder, "--visible", "random")
     weights = []
     for out, *more in (("whole",), ("stopped", "--max-steps", 7), ("stopped",)):
         run(*flags, "--epochs", 2, "--out", tmp_path / out, *more)
