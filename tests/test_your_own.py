@@ -178,5 +178,5 @@ def test_the_encoder_in_other_code_as_printed(layer_scale, tmp_path, tmp_path_fa
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["feature"].shape == (1, 32)
     exec(compile(in_timm, "README.md", "exec"), names)
-    assert capsys.readouterr().out == "torch.Size([1, 1, 32]) torch.Size([1, 24, 32])\n"
+    assert capsys.readouterr().out == "torch.Size([1, 32]) torch.Size([1, 24, 32])\n"
     assert sys.modules["vit"] is vit
