@@ -162,6 +162,19 @@ def test_a_loss_of_visible_patches(fork, folder, tmp_path):
     assert_close(more, metrics)
 
 
+def test_segments_for_half_of_the_mixed_images(fork):
+    """The patch of docs/results.md: a mixed image has its segment embeddings or none; export adds none."""
+    (diff,) = blocks((ROOT / "docs" / "results.md").read_text(), "diff")
+    model, seen = mixedae(fork(diff), "--batch-size", 64), []
+    model.segments.data += 10
+    model.encoder.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.predict(torch.randn(64, 3, 16, 16))
+    high = seen[0][:, 1:].flatten(1).mean(dim=1) > 5  # (16,), which mixed images have segments
+    assert 0 < high.sum() < 16
+    exported = model.export()["state_dict"]["patch_embed.proj.bias"]
+    assert torch.equal(exported, model.encoder.patch_embed.proj.bias)
+
+
 @pytest.mark.parametrize("layer_scale", [None, 0.1])
 def test_the_encoder_in_other_code_as_printed(layer_scale, tmp_path, tmp_path_factory, monkeypatch, capsys):
     pytest.importorskip("timm")
