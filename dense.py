@@ -79,6 +79,7 @@ from data import (
     SHAPES_TRAIN,
     SHAPES_VAL,
     ImageFiles,
+    RunFolder,
     Shapes,
     TrainDataset,
     broken_name,
@@ -96,7 +97,6 @@ from finetune import (
     check_encoder_args,
     confusion_matrix,
     example_of,
-    folder_of_results,
     init_linear,
     layer_decay_groups,
     load_finished,
@@ -422,9 +422,12 @@ class Detector(detection.MaskRCNN):
             ),
             mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(channels, channels, classes + 1),
         )
+
+        # Pad images to a multiple of 4 p, the stride of the coarsest map: torchvision's anchors lie right
+        # only where all strides divide the image.
         self.transform = DetectorTransform(
             min(args.image_size), max(args.image_size), info["mean"], info["std"], size_divisible=4 * p
-        )  # 4 p is the stride of "pool": torchvision's anchors lie right only where all maps fit the image
+        )
 
         # torchvision's RoI pooling has no argument for the strides of its maps. It derives them from its
         # first batch (size of the map over size of the image before padding, rounded to a power of 2) and
@@ -821,7 +824,7 @@ def evaluate(args, device):
     root = root.parent if root.is_file() else root
     if args.predict and Path(args.out).resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
-    folder = folder_of_results(args.out) if dist.get_rank() == 0 else None
+    folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
 
     # Open the images.

@@ -167,8 +167,8 @@ class AttentiveHead(nn.Module):
 
     As in CAE's code the query starts at zero (so every patch counts the same at first), query, keys and
     values pass a LayerNorm each, and keys have no bias. CAE's code lets the class token in as a key; the
-    paper says patches, and so do we. Its linear layers start from a normal distribution of deviation .02;
-    ours are Xavier-uniform, as all of ours are.
+    paper says patches, and so do we. The linear layers start Xavier-uniform, as all of ours do; in CAE's code
+    from a normal distribution of deviation .02.
     """
 
     def __init__(self, width, heads, classes):
@@ -581,8 +581,8 @@ def nearest_neighbours(train, train_labels, test, classes, k=20, temperature=0.0
 def example_of(samples, prepare, device):
     """Arguments of the model for the step that `wrap_ddp` throws away: a batch of two samples, as many as
     BatchNorm needs."""
-    images, labels, _ = collate([samples[0, i] for i in (0, len(samples) - 1)])
-    return prepare(*to_device((images, labels), device))
+    batch = collate([samples[0, i] for i in (0, len(samples) - 1)])
+    return prepare(*to_device(BrokenImages().count(*batch), device))
 
 
 def start_testing(model):
@@ -717,9 +717,9 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
     model = Classifier(*opened, args, len(test_set.classes), metric == "map11").to(device)
 
     # A resumed probe must cache the features of the encoder that it began with, so load its checkpoint now.
-    # Other flags are refused here as well, before the long work.
-    begun = load_begun(args)
-    if model.frozen and begun:
+    # That also refuses other flags before the long work.
+    begun = load_begun(args) if model.frozen else None
+    if begun:
         given = copy.deepcopy(model.encoder.state_dict())
         with contextlib.suppress(RuntimeError, ValueError):  # `resume` will say why it does not fit
             load_strictly(model, begun["model"])
@@ -873,13 +873,6 @@ def load_finished(path, args, device, build):
     return model.to(device).eval(), saved
 
 
-def folder_of_results(path):
-    """The folder that --evaluate and --objects write to; not a run's, whose results they would replace."""
-    if Path(path, "checkpoint.pt").exists():
-        raise UserError(f"--out {path}: holds a run, whose results would be replaced; choose another folder")
-    return RunFolder(path)
-
-
 def evaluate(args, device):
     """--evaluate: one classifier, or several as an ensemble (MR-MAE Table 4: their probabilities are
     averaged), on --data, else on the first run's own test set; with --predict the classes of a folder's
@@ -918,7 +911,7 @@ def evaluate(args, device):
         return 0
 
     # Write the numbers of the test set.
-    folder = folder_of_results(args.out or "runs/evaluate")
+    folder = RunFolder(args.out or "runs/evaluate")
     if not args.predict:
         results = report(folder, probabilities, dataset, metric)
         write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", results)
@@ -1102,7 +1095,7 @@ def measure_objects(args, device):
 
     # Write.
     if dist.get_rank() == 0:
-        out = folder_of_results(args.out or "runs/objects")
+        out = RunFolder(args.out or "runs/objects")
         out.write_text("results.json", json.dumps(results, indent=1))
         out.write_picture("objects.png", picture_sheet(panels))
         print_rank0(f"{out.path}: results.json, pictures/objects.png")
@@ -1226,8 +1219,8 @@ def parse_args(argv=None):
     return args
 
 
-# The flags that --evaluate and --objects use. Of the run's encoder (second line) they may only repeat what it
-# has.
+# The flags that --evaluate and --objects use. Those in the second line of EVALUATE_FLAGS may only repeat what
+# the run's encoder has.
 EVALUATE_FLAGS = set(
     "protocol evaluate predict data data_root download out device precision workers batch_size "
     "image_size patch_size width depth heads mean std feature".split()
@@ -1289,6 +1282,9 @@ def check_encoder_args(parser, args):
         parser.error(f"--predict {args.predict}: goes with --evaluate RUN, and names images")
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std: give both")
+    mode = "--evaluate" if args.evaluate else "--objects" if getattr(args, "objects", None) else None
+    if mode and args.out and Path(args.out, "checkpoint.pt").exists():
+        parser.error(f"--out {args.out}: holds a run, whose results {mode} would replace; choose another")
     if args.evaluate and args.image_size == parser.get_default("image_size"):
         args.image_size = None  # the run's own
     if args.image_size and len(args.image_size) > 2:

@@ -196,9 +196,9 @@ def homologous_contrastive_floor(L, n, tau):
     images exp((-1 / (n - 1) - 1) / tau), so that -log p is the logarithm below.
 
     No z_l do better. Eq. 7 is convex in the cosines, so it is at least its value for the average cosine a of
-    positives and b of other images. That value falls with b - a, and b - a is least for a = 1 and b = -1 / (n
-    - 1), because the squared length of the sum of all z_l / |z_l| is not negative; it is
-    L (1 + (r L - 1) a + (L - r L) b).
+    positives and b of other images. That value is the smaller, the smaller b - a is. The squared length of
+    the sum of all z_l / |z_l| is L (1 + (r L - 1) a + (L - r L) b) and not negative. So b - a is least for
+    a = 1 and b = -1 / (n - 1), the corners again.
     """
     others = L - L / n  # patches of other images
     return math.log(L / n - 1 + others * math.exp((-1 / (n - 1) - 1) / tau))

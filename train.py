@@ -303,7 +303,7 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
         raise own_error
     if agreed["loader_failed"] or agreed["too_many_broken"]:
         raise UserError("another process could not read its images; its message says why", code=1)
-    # Not one step was finite? Under fp16 that is normal for the first few.
+    # Was not one step finite? Under fp16 that is normal for the first few; BAD_STEPS ends more of them.
     all_skipped = state["step"] > 0 and state["skipped"] == state["step"] and not run.scaler.is_enabled()
     if not loss_is_finite or all_skipped:
         raise UserError(

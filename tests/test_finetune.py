@@ -1007,6 +1007,7 @@ def test_mistakes_get_one_line(encoder, folder, tmp_path, capsys):
         (("--data", "nowhere"), "neither a set"),
         (("--data", folder, tmp_path / "x" / folder.name), "would share a folder"),
         (("--evaluate", best, "--data", folder, "cars"), "one set at a time"),
+        (("--evaluate", best, "--out", Path(best).parent), "holds a run, whose results --evaluate would"),
         (("--evaluate", best, "--image-size", 32), "leave the flag out"),
         (("--evaluate", best, "--feature", "cls"), "leave the flag out"),
         (("--evaluate", best, "--mean", 0, 0, 0, "--std", 1, 1, 1), "leave the flag out"),
