@@ -128,8 +128,9 @@ def block_mask(batch, grid, count, tries=400, at_once=4):
     on a GPU every such question would make the CPU wait. Many boxes may not be taken. So each round draws
     `at_once` boxes for each mask, takes the first that may be, and throws the others away. The masks have the
     same distribution as with one box after the other: a box that may not be taken changes nothing, and those
-    behind the one that is taken are never looked at. It takes less than half of the time. (Only `tries`
-    differs: it counts the boxes thrown away, too.)
+    behind the one that is taken are never looked at. (Only `tries` differs: it counts the boxes thrown away,
+    too.) On the paper's grid of 14 x 14 patches this takes half of the time; on small grids it makes no
+    difference.
     """
     h, w = grid  # in patches
     smallest = max(1, round(16 / 196 * h * w))  # patches in the smallest box
@@ -486,8 +487,8 @@ class CAE(nn.Module):
         from Z_m, and "skipped", from the output of F for the whole image (Fig. 10).
 
         G is trained on Z_m alone. If it can read the output of F as well, both lie in one space: `skipped` is
-        then about as low as `through_H`, or lower, because F has seen the answer. Without alignment it is far
-        higher (1.3 against .64 in docs/results.md).
+        then about as low as `through_H`, or lower, because F has seen the hidden patches, and G reads all L
+        patches instead of U. Without alignment it is far higher (1.3 against .64 in docs/results.md).
         """
         out = self.predict(images)
         hidden_ids = out["hidden_ids"]

@@ -14,7 +14,7 @@ Nothing random is carried from one step to the next: each draw is seeded anew by
 an epoch depends on (seed, epoch), the augmentation of a sample on (seed, epoch, sample), and masks on (seed,
 step, micro-batch, process), see train.forward_backward. So a run that resumes at a step draws there what it
 would have drawn without the stop. (train.py says when its weights are then equal bit for bit. Most masks are
-drawn on the device of the model, and there a CPU and a card draw other ones.)
+drawn on the device of the model, and for the same seed a CPU and a card draw different ones.)
 
 Each loader process has its own copy of the data set, made when the process starts. If the epoch were an
 attribute of the data set, these copies would never see it change; so each index carries its epoch.
@@ -88,8 +88,9 @@ def seed_torch(*what):
 
 # ------------------------------------------------------------------------------------------------------------
 # Sets: len(set) and set[i] -> (uint8 (3, height, width), label). `classes` is a list of names, empty without
-# labels; `labels` is a list of numbers; `name(i)` is what a message calls sample i. (LabeledDataset, for the
-# sets of torchvision, stands further down.)
+# labels; `labels` has a number for each image; `name(i)` is what a message calls sample i. (LabeledDataset,
+# for the sets of torchvision, stands further down. The sets of dense.py have masks or objects in place of
+# labels.)
 # ------------------------------------------------------------------------------------------------------------
 @dataclass
 class ImageFiles:
@@ -525,7 +526,7 @@ def from_pil(image):
     # Lay what is transparent over white, whatever colour lies beneath.
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()
+    return v2.functional.pil_to_tensor(image.convert("RGB")).contiguous()  # channels first in memory, too
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -572,16 +573,16 @@ def open_folder(folder):
         raise UserError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)} at any depth)")
 
     # Name the classes.
-    paths, names = map(list, zip(*found))
-    if "" in names:
+    paths, class_names = map(list, zip(*found))
+    if "" in class_names:
         return ImageFiles(paths)
-    classes, labels = np.unique(names, return_inverse=True)
+    classes, labels = np.unique(class_names, return_inverse=True)
     return ImageFiles(paths, labels.tolist(), classes.tolist())
 
 
 def open_list(path):
     """A .txt with one image path per line, absolute or relative to the list's own folder -> ImageFiles
-    without labels. They are sorted, so the order of the lines does not matter."""
+    without labels. The paths are sorted, so the order of the lines does not matter."""
     try:
         text = path.read_bytes()
         utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # its byte order mark
@@ -862,17 +863,19 @@ def curves(folders):
     against the layer, as the last row has it (Fig. 6a). A run has the same colour in all charts."""
     charts = defaultdict(lambda: defaultdict(list))  # title -> `lines` of line_chart
     styles = {}
-    for colour, folder in enumerate(folders):
+    for number, folder in enumerate(folders):
         rows = read_log(folder)
         run = "/".join(Path(folder).parts[-2:])
-        for row in rows if len(rows) > 1 else ():
+        if len(rows) < 2:  # one row makes no line
+            continue
+        for row in rows:
             for key in sorted(row.keys() - NOT_CHARTED):
                 values = np.array(row[key], dtype=float)  # () or (layers,)
                 if not np.isfinite(values).all():
                     continue
                 title = SAME_CHART.get(key, key)
                 line = run if title == key else f"{run} {key}"
-                styles[line] = (colour, 2 if title == key else 1)
+                styles[line] = (number, 2 if title == key else 1)
                 if values.ndim:
                     charts[f"{key}, last row, against the layer"][line] = [*enumerate(values, start=1)]
                 else:
@@ -886,9 +889,9 @@ def curves(folders):
     return v2.functional.to_pil_image(make_grid(tiles, nrow=3, pad_value=255))
 
 
-def line_chart(title, lines, styles=None):
+def line_chart(title, lines, styles):
     """{name: [(x, y), ...]} -> a PIL image with round ticks on both axes and a legend of two columns. styles:
-    {name: (index in COLOURS, line width)}; None: the colours in turn, width 2."""
+    {name: (number of the colour, line width)}."""
     # Draw three times as large, to reduce the picture at the end: that smooths lines and letters.
     zoom = 3
     chart = Image.new("RGB", (420 * zoom, 262 * zoom), "white")
@@ -921,8 +924,8 @@ def line_chart(title, lines, styles=None):
 
     # Draw the lines and their names.
     for i, (name, line) in enumerate(lines.items()):
-        colour, width = styles[name] if styles else (i, 2)
-        colour = tuple(int(255 * c) for c in COLOURS[colour % len(COLOURS)])
+        number, width = styles[name]
+        colour = tuple(int(255 * c) for c in COLOURS[number % len(COLOURS)])
         draw.line([place(*point) for point in line], colour, width * zoom, joint="curve")
         write(50 + 185 * (i % 2), 20 + 14 * (i // 2), name, colour)
     return chart.reduce(zoom)

@@ -26,8 +26,8 @@ A task decides what is trained on top of the encoder. With patches of 16 pixels:
         -- region proposal network -----------> boxes that may hold an object
         -- heads of Mask R-CNN ---------------> per image boxes (N, 4), classes (N,), masks (N, 1, ..)
 
-To read one run from its flags to results.json, begin with `program`. It builds the model and a task, and
-gives both to `run_task` of finetune.py, which runs `train_loop` of train.py. From there is called
+To read one run from its flags to results.json, begin with `program`. It builds the model and a task, makes a
+Run of the model, and gives both to `run_task` of finetune.py, which runs `train_loop` of train.py. These call
 
     task.prepare        of a loaded batch: what the model is called with
     model.forward       the loss, and numbers for the log
@@ -154,7 +154,7 @@ class MultiScaleNeck(nn.Module):
         at_8, at_4 = (width // 2, width // 4) if narrowing else (width, width)  # channels at these strides
         up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
         four_times = nn.Sequential(up(width, at_8), norm(at_8), nn.GELU(), up(at_8, at_4))
-        coarser = nn.MaxPool2d(2, ceil_mode=True)
+        coarser = nn.MaxPool2d(2, ceil_mode=True)  # ceil_mode is ours: of a map of one row a row is left
         self.by_stride = nn.ModuleList([four_times, up(width, at_8), nn.Identity(), coarser])
 
     def forward(self, maps):
@@ -317,7 +317,8 @@ class SimplePyramid(MultiScaleNeck):
         norm = partial(LayerNorm2d, eps=1e-6)
         super().__init__(D, narrowing=True, norm=norm)
         conv = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=None)
-        # Per map two convolutions, each with its LayerNorm, in one flat Sequential.
+        # Per map two convolutions, each with its LayerNorm. They are unpacked so that all four layers of a
+        # map are numbered 0 to 3 in the state dict.
         self.lateral = nn.ModuleList(
             nn.Sequential(*conv(given, channels, 1), *conv(channels, channels, 3))
             for given in (D // 4, D // 2, D, D)
@@ -384,8 +385,9 @@ class Detector(detection.MaskRCNN):
     and "masks" (N, 1, height, width) in [0, 1]. images: a list of (3, height, width) in [0, 1] of any size.
 
     Heads are those of torchvision's second version: four convolutions and one linear layer for boxes, four
-    convolutions for masks. Beside ViTDet's neck each convolution has a LayerNorm, as there; beside CAE's
-    those for boxes a BatchNorm. Losses are torchvision's (CAE's code has a GIoU loss for boxes).
+    convolutions for masks. With --neck simple each of these convolutions is followed by a LayerNorm, as in
+    ViTDet; with --neck fpn those for boxes by a BatchNorm, those for masks by no norm. Losses are
+    torchvision's (CAE's code has a GIoU loss for boxes).
     """
 
     def __init__(self, encoder, args, info, classes):
@@ -444,6 +446,7 @@ class Detector(detection.MaskRCNN):
 
     @property
     def encoder(self):
+        """Where finetune.py looks for the encoder of any model."""
         return self.backbone.encoder
 
     def forward(self, images, targets=None):
@@ -486,7 +489,7 @@ def detection_metrics(truth, rows):
         # by the area of a row's bbox, if there is one; for masks it must be the mask's: leave the bbox out.
         own = [{key: row[key] for key in row.keys() - {left_out}} for row in rows]
         with redirect_stdout(None):  # pycocotools prints
-            found = truth.loadRes(own) if own else coco.COCO()
+            found = truth.loadRes(own) if own else coco.COCO()  # loadRes wants at least one row
             evaluation = cocoeval.COCOeval(truth, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -565,7 +568,8 @@ class DenseTask(Tested):
             yield i, image, truth
 
     def measure(self, folder):
-        """The numbers of the test set, without files; `Tested.test` calls it at an epoch's end."""
+        """The numbers of the test set; `Tested.test` calls it at an epoch's end. No file is written before
+        the end of the run, so `folder` is not used."""
         return self.results(folder=None)
 
     def best_file(self):
@@ -593,9 +597,7 @@ class Segmentation(DenseTask):
 
     metric = "miou"  # chooses best.pt
 
-    def schedule(self, *numbers):
-        """See `linear_lr`."""
-        return linear_lr(*numbers)
+    schedule = staticmethod(linear_lr)
 
     def prepare(self, images, masks=None):
         """A batch -> what the model is called with."""
@@ -631,13 +633,14 @@ class Segmentation(DenseTask):
             self.draw_examples(folder, "segmentation.png", legend)
         return segmentation_metrics(matrix.cpu())
 
-    def paint(self, image, classes):
-        """Classes (height, width) as a picture, without the image; what is ignored is black."""
-        return squared(PALETTE[classes.long().cpu()].permute(2, 0, 1))
+    def paint(self, image, labels):
+        """Labels (height, width) as a picture, without the image; what is ignored is black."""
+        return squared(PALETTE[labels.long().cpu()].permute(2, 0, 1))
 
     def predict_files(self, paths, folder):
-        """--predict: a mask for each image, which counts as the training masks do. Its name is the image's
-        path in the given folder: in/b.jpg has in-b.png."""
+        """--predict: a mask for each image. Classes are numbered as in the training masks (on `shapes` from
+        1, the background). A mask's name is the image's path in the given folder: in/b.jpg has in-b.png. Each
+        process writes those of its own images, so `folder`, which only rank 0 has, is not used."""
         files = ["-".join(path.parts) for path in paths]
         same_file = Counter(files)
         same_stem = Counter(Path(file).stem for file in files)
@@ -661,9 +664,9 @@ class Detection(DenseTask):
 
     metric = "box_ap"  # chooses best.pt
 
-    def schedule(self, *numbers):
-        """See `step_lr`."""
-        return step_lr(*numbers, LR_DROPS[self.args.neck])
+    def schedule(self, epoch, lr, warmup_epochs, epochs, min_lr):
+        """`step_lr` with the drops that suit the neck."""
+        return step_lr(epoch, lr, warmup_epochs, epochs, min_lr, LR_DROPS[self.args.neck])
 
     def prepare(self, images, targets):
         """A batch -> what the model is called with. The Detector normalises."""
@@ -770,6 +773,7 @@ def program(args, argv, device):
     # Build the model; every process starts from the same head.
     torch.manual_seed(args.seed)
     model = build_model(encoder, {"info": info, "classes": test_set.classes}, args)
+    # Let BatchNorm see the batches of all processes. SyncBatchNorm runs on CUDA only.
     if dist.get_world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device).train()
@@ -785,10 +789,10 @@ def program(args, argv, device):
         args,
         device,
         model,
-        optimizer,
-        example_of(samples, task.prepare, device),
-        facts_of(train_set),
-        default_lr,
+        optimizer=optimizer,
+        example=example_of(samples, task.prepare, device),
+        facts=facts_of(train_set),
+        default_lr=default_lr,
         min_lr=0.0,
         schedule=task.schedule,
         prepare=task.prepare,
@@ -804,8 +808,9 @@ def program(args, argv, device):
 def evaluate(args, device):
     """--evaluate: the numbers of a finished run on its own test set or on --data's, or with --predict what it
     finds in the images of a folder -> exit code."""
-    # Load the run. A flag that was given now wins over the run's (--window, --data ...); where none was given
-    # (None) the run's value is taken. Flags of the model may be repeated, but not changed.
+    # Load the run. Flags without a default (--data, --window, --first-label ...) have the run's value unless
+    # they are given. The others, such as --precision and --workers, are those of this call, given or not.
+    # Flags of the model may be repeated, but not changed.
     run = args.evaluate[0]
     model, saved = load_finished(run, args, device, build_model)
     own = saved["args"]
@@ -820,16 +825,21 @@ def evaluate(args, device):
     args = argparse.Namespace(**{**own, **given})
     if args.task == "detect":
         check_pycocotools()
+
+    # A mask must not replace an image: of a folder all images below it are read, of a file's folder only one.
     root = Path(args.predict or "")
-    root = root.parent if root.is_file() else root
-    if args.predict and Path(args.out).resolve().is_relative_to(root.resolve()):
+    single = root.is_file()
+    root = root.parent if single else root
+    out, images = Path(args.out).resolve(), root.resolve()
+    if args.predict and (out == images or not single and out.is_relative_to(images)):
         raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
+
+    # Take the folder for what will be written.
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
     dist.barrier()  # the folder is there for all
 
     # Open the images.
     if args.predict:
-        single = Path(args.predict).is_file()
         test_set = ImageFiles([args.predict]) if single else open_folder(root)
         test_set.classes, test_set.category_ids = saved["classes"], saved["category_ids"]
     else:
@@ -954,7 +964,7 @@ def parse_args(argv=None):
             default=32,
             help="of these, boxes of an image that the heads learn from (ours; detectron2: 512)",
         )
-    parser.set_defaults(patch_size=None, size=None, **DEFAULTS[task])
+    parser.set_defaults(size=None, **DEFAULTS[task])
 
     # Parse, and check what takes more than one flag.
     args = parser.parse_args(argv)
@@ -1017,7 +1027,7 @@ class ChosenSamples(torch.utils.data.Subset):
         return self.dataset.name(self.indices[i])
 
 
-def check_some(dataset):
+def readable_samples(dataset):
     """Read up to 50 evenly spaced samples -> the indices of those that can be read. What a user can mend (a
     UserError: a mask of another size, a label too large) fails here, before training and not hours into it.
     Files that cannot be read are left to training and testing, which name them."""
@@ -1072,7 +1082,7 @@ class Scenes(ImageFiles):
         # are taken to count from 1 if nothing else is said.
         if split == "validation":
             first_label = first_label or "1"
-        seen = [np.unique(Image.open(masks[i])) for i in check_some(self)]
+        seen = [np.unique(Image.open(masks[i])) for i in readable_samples(self)]
         judge_masks(masks[0].parent, seen, classes, first_label)
 
     def __getitem__(self, i):
@@ -1168,10 +1178,10 @@ class SceneTransform:
     times the crop's, a random crop of which no class fills more than .75 (of ten tries), flip, photometric
     distortion.
 
-    What differs from mmsegmentation's distortion: there up to 32 of 255 are added to the brightness (here it
-    has a factor of .875 to 1.125), saturation scales S of HSV (here it blends with grey), colours are
-    distorted before a small image is padded (with the mean colour; the padding is ignored), and contrast
-    comes second or last, at random.
+    mmsegmentation's distortion differs from ours in four points. It adds up to 32 of 255 to the brightness,
+    where ours multiplies by .875 to 1.125. It scales S of HSV, where ours blends with grey. It distorts a
+    small image before it is padded with the mean colour, ours after it; but the loss ignores the padding. And
+    its contrast comes second or last, at random, where ours always comes second.
     """
 
     def __init__(self, args, mean, scale=(0.5, 2.0)):
@@ -1213,8 +1223,8 @@ def coco_truth(content):
     truth = coco.COCO()
     truth.dataset = {"info": {}, **content}  # some versions of pycocotools want "info"
 
-    # Number the annotations anew, because COCO's evaluation takes an id of 0 for none and counts one of two
-    # with equal ids. Fill in what may be missing.
+    # Number the annotations anew, because COCO's evaluation reads the id 0 as "no match", and counts two
+    # annotations with equal ids once. Fill in what may be missing.
     for number, note in enumerate(content["annotations"], start=1):
         note |= {"id": number, "iscrowd": note.get("iscrowd") or 0}
     with redirect_stdout(None):  # pycocotools prints
@@ -1246,8 +1256,8 @@ def mistake_of(note, images, categories):
     width, height = images[image]["width"], images[image]["height"]
     where = f"in an image of {width} x {height} pixels"
 
-    # Check the box. If somebody gives the corners of a box in the lower right half of the image, and they are
-    # taken for x, y, width and height, it ends far outside the image.
+    # Check the box. A box given by its corners can be told if it lies in the lower right part of the image:
+    # read as x, y, width and height, it ends far outside.
     if (
         len(box or ()) != 4
         or not np.isfinite(box).all()
@@ -1336,7 +1346,7 @@ class CocoObjects(ImageFiles):
             [objects[i] for i in self.image_ids],
             [categories[k] for k in self.category_ids],
         )
-        check_some(self)
+        readable_samples(self)
 
     def __getitem__(self, i):
         image, notes = super().__getitem__(i)
@@ -1426,7 +1436,8 @@ def open_objects(args, split):
 
 
 class KeepTwoPixels:
-    """For the two resizing transforms that follow, torchvision's: no side becomes shorter than two pixels."""
+    """What the next two classes add to torchvision's transforms, which round the sides of a thin image down
+    to 0: no side becomes shorter than two pixels."""
 
     def make_params(self, flat_inputs):
         size = super().make_params(flat_inputs)["size"]

@@ -22,7 +22,7 @@ A protocol decides what is trained on top of the encoder (letters: see vit.py):
 
     finetune    images (B, 3, height, width)
                 -- encoder, trained: patch tokens -> (B, L, D)
-                -- mean, new LayerNorm ------------> (B, D)
+                -- mean, new LayerNorm ------------> (B, D); with --feature cls: LayerNorm, CLS
                 -- linear -------------------------> logits (B, classes)
 
     linear      images (B, 3, height, width)
@@ -44,7 +44,8 @@ Appendix A for attentive probing, MR-MAE Sec. 4.1. What is done differently here
       the batch reversed). RandAugment always applies two operations at one magnitude, bilinearly. (timm
       applies each of them with probability .5 and at a magnitude that varies by .5, takes them from its list
       of "increasing" operations, and resamples bicubically.)
-    - CAE's code fine-tunes with a learned relative position bias. Its paper does not mention it.
+    - CAE's code fine-tunes with a learned relative position bias, which its paper does not mention. Here
+      there is none.
     - The random crop of the linear probe tries ten times for a crop that fits. (MAE's and CAE's code draw
       once and clamp. CAE's attentive probe crops as ours does.)
     - BatchNorm uses its running statistics at test time. (CAE's code uses those of the test batch. About
@@ -163,12 +164,12 @@ def init_linear(layer, std=0.01):
 
 class AttentiveHead(nn.Module):
     """Attentive probing (CAE Sec. 5.2): one learned query attends to the frozen patches; a BatchNorm without
-    affine and a linear layer classify the result. There is no MLP and no skip connection.
+    affine parameters and a linear layer classify the result. There is no MLP and no skip connection.
 
     As in CAE's code the query starts at zero (so every patch counts the same at first), query, keys and
     values pass a LayerNorm each, and keys have no bias. CAE's code lets the class token in as a key; the
-    paper says patches, and so do we. The linear layers start Xavier-uniform, as all of ours do; in CAE's code
-    from a normal distribution of deviation .02.
+    paper says patches, and so do we. The linear layers of the attention start Xavier-uniform, as in all
+    blocks of ours; in CAE's code from a normal distribution of deviation .02.
     """
 
     def __init__(self, width, heads, classes):
@@ -347,7 +348,7 @@ def build_optimizer(model, args):
 # ------------------------------------------------------------------------------------------------------------
 # Augmentation
 # ------------------------------------------------------------------------------------------------------------
-def fine_tuning_transform(args, mean):
+def training_transform(args, mean):
     """What is done to each training image, a uint8 tensor: crop and flip as in pre-training (--augment), and
     for fine-tuning RandAugment."""
     steps = [train_transform(args)]
@@ -381,7 +382,8 @@ def erase(images, probability):
     h = (area * aspect).sqrt().round().clamp(max=height)
     w = (area / aspect).sqrt().round().clamp(max=width)
 
-    # Draw where it begins, and mark its rows and columns; a pixel is inside if both of its own are marked.
+    # Draw where it begins, and mark its rows and columns. A pixel lies in the box if its row and its column
+    # are both marked.
     top = (torch.rand(len(chosen), 1) * (height - h + 1)).floor()
     left = (torch.rand(len(chosen), 1) * (width - w + 1)).floor()
     y, x = torch.arange(height), torch.arange(width)
@@ -674,13 +676,12 @@ class Task(Tested):
         method = f"{info['method']}-finetune"
         return pack_encoder(encoder, method, info["feature"], info["mean"], info["std"])
 
-    @torch.no_grad()
     def show_attention(self, folder):
         """pictures/attention.png: where the learned query looks (CAE Fig. 5), mean over heads, on eight test
         images."""
         model, attention = self.model.eval(), self.model.head.attn
         images, _ = fixed_images(self.test_set, self.args.image_size, 8)
-        with recording([attention]):
+        with inference(self.args, self.device), recording([attention]):
             model.logits(model.prepare(images.to(self.device))[0])
             maps = attention.recorded.float().mean(dim=1).unflatten(-1, model.encoder.grid)  # (8, 1, h, w)
         panels = {"image": images / 255, "attention of\nthe query": heat_map(maps[:, 0].cpu(), images)}
@@ -725,8 +726,8 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
             load_strictly(model, begun["model"])
         if any(not value.equal(given[name]) for name, value in model.encoder.state_dict().items()):
             print_rank0(
-                f"note: {args.encoder} has other weights than when {args.out} began; it goes on with its "
-                f"own, and another --out would take the new ones"
+                f"note: {args.encoder} has other weights than when {args.out} began; this run goes on "
+                f"with those it began with; to use the new ones, give another --out"
             )
 
     # Choose what it is trained and tested on: features, or images.
@@ -739,7 +740,7 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         test_samples = cache_features(model, test_set, args, device)
         args.workers = 0  # there is nothing left to load
     else:
-        transform = fine_tuning_transform(args, model.info["mean"])
+        transform = training_transform(args, model.info["mean"])
         train_samples = TrainDataset(train_set, transform, args.seed)
         test_samples = EvalDataset(test_set, args.image_size)
 
@@ -762,7 +763,7 @@ def run_set(args, argv, opened, train_set, test_set, metric, device):
         model,
         optimizer=build_optimizer(model.train(), args),
         example=example_of(train_samples, prepare, device),
-        dataset={**facts_of(train_set), "images": len(train_samples)},
+        facts={**facts_of(train_set), "images": len(train_samples)},  # broken images are not cached
         default_lr=default_lr,
         min_lr=min_lr,
         schedule=lr_at,
@@ -1087,7 +1088,7 @@ def measure_objects(args, device):
         # Draw its maps beside the images, in which all but the box is darkened.
         boxed, _, _ = collate([samples[0, i] for i in ids[:8]])  # (b, 4, height, width)
         panels.setdefault("image, box", boxed[:, :3] / 255 * (0.3 + 0.7 * (boxed[:, 3:] > 127)))
-        with torch.no_grad():
+        with inference(args, device):
             attention, areas = look(encoder, info, boxed.to(device))
         name = Path(path).resolve().parent.name if Path(path).name == "encoder.pt" else Path(path).stem
         for title, maps in object_panels(encoder, attention.cpu(), areas.cpu(), panels["image, box"]).items():
@@ -1178,7 +1179,6 @@ def parse_args(argv=None):
     defaults = DEFAULTS[protocol]
     parser.set_defaults(
         image_size=None,
-        patch_size=None,
         size=None,
         crop_scale=[0.08, 1.0],  # MAE's code, and CAE's
         **defaults,
@@ -1285,8 +1285,6 @@ def check_encoder_args(parser, args):
     mode = "--evaluate" if args.evaluate else "--objects" if getattr(args, "objects", None) else None
     if mode and args.out and Path(args.out, "checkpoint.pt").exists():
         parser.error(f"--out {args.out}: holds a run, whose results {mode} would replace; choose another")
-    if args.evaluate and args.image_size == parser.get_default("image_size"):
-        args.image_size = None  # the run's own
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
 
@@ -1306,7 +1304,7 @@ class Layout(NamedTuple):
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 LAYOUTS = (
-    Layout("CAE", "blocks.0.attn.q_bias", cae.from_official, "cls", {**HEADS, 384: 12}),
+    Layout("CAE", "blocks.0.attn.q_bias", cae.from_official, "cls", {**HEADS, 384: 12}),  # see cae.CAE.sizes
     Layout("MCMAE", "blocks3.0.norm1.weight", from_official_mcmae, "mean", HEADS),
     Layout("MAE, DINO or timm", "pos_embed", dict, "cls", HEADS),
 )
@@ -1336,7 +1334,8 @@ def read_published(state, path, heads):
             found = rename(found, [(r"^fc_norm\.", "norm.")])
         kept = {name: value for name, value in found.items() if not name.startswith(LEFT_ASIDE)}
 
-        # Read the shape of the ViT off the weights.
+        # Rename them, and read the shape of the ViT off them. (MCMAE's and CAE's names become those of a
+        # whole model, with "encoder." in front.)
         weights = strip_prefixes(layout.convert(kept))
         shape = read_shape(weights)
         if shape["channels"] != 3:
@@ -1381,8 +1380,8 @@ def open_encoder(args):
     flags = ("image_size", "patch_size", "size", "width", "depth", "heads")
     given = {flag: value for flag, value in vars(args).items() if flag in flags and value is not None}
 
-    # "none": a random encoder. Sizes that were not given are train.py's defaults, which parsing no words
-    # fills in. Else a file: our encoder.pt, or a published one.
+    # "none" is a random encoder. Parsing an empty command line gives the sizes that were not given train.py's
+    # defaults.
     if path == "none":
         sizes = argparse.ArgumentParser()
         add_size_args(sizes)
@@ -1394,7 +1393,7 @@ def open_encoder(args):
             f"{' x '.join(map(str, encoder.config['image_size']))} pixels, patches of {encoder.patch_size}; "
             f"--size, --image-size and --patch-size make it like another"
         )
-    else:
+    else:  # a file: our encoder.pt, or a published one
         state = load_file(path)
         if not isinstance(state, dict):
             raise UserError(f"{path}: holds no weights by name")
@@ -1412,7 +1411,7 @@ def open_encoder(args):
 
 def load_at_size(weights, shape, given, path):
     """The ViT of a file, at the image size of --image-size, loaded strictly. given: the size flags that were
-    given, of which the others must be the file's."""
+    given; all but the image size must be as in the file."""
     for flag in given.keys() - {"image_size"}:
         has = shape.get(flag, "a size of its own")
         if given[flag] != has:
@@ -1448,8 +1447,8 @@ def voc_labels(dataset):
     return labels
 
 
-class Row(NamedTuple):
-    """A transfer set, and how torchvision opens it."""
+class TransferSet(NamedTuple):
+    """A set of MixedAE Table 2, and how torchvision opens it."""
 
     kind: str  # torchvision's class
     train: list  # the arguments that choose its training splits
@@ -1465,8 +1464,8 @@ class Row(NamedTuple):
 
 # The transfer sets of MixedAE Table 2, except CIFAR, which data.py opens.
 SETS = {
-    "aircraft": Row("FGVCAircraft", ["trainval"], ["test"], "mean_per_class", (6667, 3333)),
-    "caltech101": Row(
+    "aircraft": TransferSet("FGVCAircraft", ["trainval"], ["test"], "mean_per_class", (6667, 3333)),
+    "caltech101": TransferSet(
         "Caltech101",
         [""],
         [""],
@@ -1479,7 +1478,7 @@ SETS = {
         labels=attrgetter("y"),
         classes=attrgetter("categories"),
     ),
-    "cars": Row(
+    "cars": TransferSet(
         "StanfordCars",
         ["train"],
         ["test"],
@@ -1489,11 +1488,11 @@ SETS = {
         "cars_test_annos_withlabels.mat into stanford_cars/",
         labels=lambda d: [y for _, y in d._samples],
     ),
-    "dtd": Row("DTD", ["train", "val"], ["test"], "top1", (3760, 1880)),
-    "flowers": Row("Flowers102", ["train", "val"], ["test"], "mean_per_class", (2040, 6149)),
-    "food": Row("Food101", ["train"], ["test"], "top1", (75750, 25250)),
-    "pets": Row("OxfordIIITPet", ["trainval"], ["test"], "mean_per_class", (3680, 3669)),
-    "sun397": Row(
+    "dtd": TransferSet("DTD", ["train", "val"], ["test"], "top1", (3760, 1880)),
+    "flowers": TransferSet("Flowers102", ["train", "val"], ["test"], "mean_per_class", (2040, 6149)),
+    "food": TransferSet("Food101", ["train"], ["test"], "top1", (75750, 25250)),
+    "pets": TransferSet("OxfordIIITPet", ["trainval"], ["test"], "mean_per_class", (3680, 3669)),
+    "sun397": TransferSet(
         "SUN397",
         [""],
         [""],
@@ -1504,7 +1503,7 @@ SETS = {
         lists=("SUN397/Training_01.txt", "SUN397/Testing_01.txt"),
         names=lambda d: [file.relative_to(d._data_dir).as_posix() for file in d._image_files],
     ),
-    "voc2007": Row(
+    "voc2007": TransferSet(
         "VOCDetection",
         ["2007 trainval"],
         ["2007 test"],
@@ -1517,8 +1516,8 @@ SETS = {
 
 
 def choose_listed(dataset, names, path):
-    """The samples of a set that a text file of paths lists -> (set, number of lines). names: of all samples,
-    as such files have them, but for a slash in front."""
+    """The samples of a set that a text file of paths lists -> (set, number of lines). names: for each sample
+    its name as such files write it, without a slash in front."""
     place = {name: i for i, name in enumerate(names)}
     # A line is a path and, in Ericsson et al.'s lists, a label behind it. Torchvision leaves their class of
     # backgrounds out.

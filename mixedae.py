@@ -520,8 +520,9 @@ class MixedAE(nn.Module):
         reconstructions.
 
         The last images are left out if they do not fill a group; then b < B. In full mode the first mixed
-        image of each group is shown. With norm_pix the reconstruction takes each patch's true mean and
-        standard deviation, one of each over all its values: its brightness and contrast are not predicted.
+        image of each group is shown. With norm_pix each hidden patch of the reconstruction gets its
+        true mean and standard deviation, two numbers over all its values: so its brightness and its contrast
+        are given, not predicted.
         """
         n = self.n
         p = self.encoder.patch_size

@@ -51,9 +51,9 @@ Table 3. --stem conv adds the third: row 7 and, after 400 epochs, the model of T
 Run it (on the drawn set `shapes`, on a laptop):
     python train.py --method mae                                    # makes the teacher of the next line
     python train.py --method mrmae --teacher runs/mae/encoder.pt    # the paper's teacher: --teacher clip
-A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FILE. That of the first line is
-there to try the second one with: it knows no more than pixels tell. The training loop is `train_loop` in
-train.py; each of its steps calls `MRMAE.forward`.
+A teacher is any encoder.pt, or clip or dino (downloaded), or clip:FILE, dino:FILE. The encoder of the first
+line only serves to try the second line out: it was trained on pixels alone, so it lacks the semantics that
+CLIP or DINO has. The training loop is `train_loop` in train.py; each of its steps calls `MRMAE.forward`.
 
 How to read `mimic` in the log: L_M first normalises each token of F_v to mean 0 and variance 1, so 1 is the
 loss of a head that predicts zeros. A new head starts at about 1 + 2 D / (D + Dt): at 2 if student and teacher
@@ -229,8 +229,8 @@ class MAE(nn.Module):
     def pictures(self, images, out):
         """The pictures of `visualize`, from what `predict` gave; the reconstruction only if there is one.
 
-        With norm_pix the reconstruction borrows the true mean and standard deviation of each hidden patch,
-        one of each over all its values: its brightness and its contrast are not predicted.
+        With norm_pix each hidden patch of the reconstruction gets its true mean and standard deviation, two
+        numbers over all its values: so its brightness and its contrast are given, not predicted.
         """
         # Paint the hidden patches in the mean colour, which is 0 once normalised.
         p = self.encoder.patch_size
@@ -291,7 +291,7 @@ def mimic_loss(mimicked, features):
 
     mimicked L(E_v), the teacher's features F_v (B, V, Dt) -> (). Eq. 2 sums the squared errors of a token;
     this takes their mean, and first normalises each token of F_v by a LayerNorm without learned parameters.
-    Both are ours: see the end of the file.
+    Both are ours: see the end of the file. With --mimic-at decoder both are of the hidden patches (B, U, Dt).
     """
     target = F.layer_norm(features.float(), features.shape[-1:])  # (B, V, Dt)
     return (mimicked.float() - target).square().mean()
@@ -591,7 +591,7 @@ def build_mcmae(args, class_token):
     stage's map to the token grid. (That is not the multi-layer fusion of Sec. 3.3.)"""
     sizes = STEM_SIZES[args.size]
     stem = {key: sizes[key] for key in ("widths", "depths", "mlp_ratios")}
-    encoder = build_encoder(args, mlp_ratio=sizes["mlp_ratio"], class_token=class_token, stem=stem)
+    encoder = build_encoder(args, class_token=class_token, stem=stem)
     decoder = build_decoder(args, encoder, mlp_ratio=sizes["decoder_mlp_ratio"])
 
     # A patch holds 4 x 4 places of stage 1 and 2 x 2 of stage 2.

@@ -140,7 +140,7 @@ class Run:
     schedule: Callable  # (epoch, lr, warm-up epochs, epochs, min_lr) -> learning rate
     prepare: Callable  # (images, labels) on the device -> arguments of model.forward: here normalised images
     export: Callable  # () -> {file name: content}: what is saved beside the checkpoint
-    dataset: dict  # {"images": how many, "classes": their names}: what must stay the same in a resumed run
+    facts: dict  # {"images": how many, "classes": their names}: what must stay the same in a resumed run
     folder: RunFolder | None = None  # None on all processes but rank 0, which alone writes
     state: dict = field(
         default_factory=lambda: dict(
@@ -171,7 +171,7 @@ def train_loop(run, dataset, test):
 
     # What all processes agree on after each step: each is true if it is true on any process (`known` below).
     agreed = {"loader_failed": False, "too_many_broken": False, "stop": False, "save": False}
-    loss_is_finite = True  # with the weights of the last save
+    loss_is_finite = True  # at the last try to save; if it was not, nothing was written
 
     bad_in_row = 0  # steps in a row whose loss or gradient was not finite
     saved_at = time.perf_counter()
@@ -225,7 +225,8 @@ def train_loop(run, dataset, test):
             # Update the weights, unless the loss or a gradient is not finite. (`scaler.step` calls
             # `optimizer.step`.) Under fp16 always call the scaler: it leaves such a step out by itself, and
             # halves the factor by which it multiplies the loss. This factor starts too large on purpose.
-            # Until it has come below 1 such steps are normal: they count as skipped, but not as BAD_STEPS.
+            # As long as it is 1 or more, such steps are normal: they count as skipped, but not towards
+            # BAD_STEPS.
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             if finite or run.scaler.is_enabled():
                 run.scaler.step(run.optimizer)
@@ -235,8 +236,8 @@ def train_loop(run, dataset, test):
             if bad_in_row == BAD_STEPS:
                 raise UserError(
                     f"{BAD_STEPS} steps in a row, up to step {state['step'] + 1}, had a loss or gradient "
-                    f"that is not finite; the last good checkpoint stays in {args.out}; try a lower "
-                    f"learning rate (now {run.lr:g}) or --precision fp32",
+                    f"that is not finite; the last good checkpoint, if there is one, stays in {args.out}; "
+                    f"try a lower learning rate (now {run.lr:g}) or --precision fp32",
                     code=1,
                 )
 
@@ -303,7 +304,8 @@ def end_of_run(run, agreed, signals, own_error, loss_is_finite):
         raise own_error
     if agreed["loader_failed"] or agreed["too_many_broken"]:
         raise UserError("another process could not read its images; its message says why", code=1)
-    # Was not one step finite? Under fp16 that is normal for the first few; BAD_STEPS ends more of them.
+    # Was no step at all finite? Under fp16 this is normal if there were only a few; if there are more of
+    # them, BAD_STEPS has ended the run.
     all_skipped = state["step"] > 0 and state["skipped"] == state["step"] and not run.scaler.is_enabled()
     if not loss_is_finite or all_skipped:
         raise UserError(
@@ -400,7 +402,7 @@ def save(run, micro_batch=None):
         "scaler": run.scaler.state_dict(),
         "args": vars(run.args),
         "global_batch": run.batches.global_batch,
-        "dataset": run.dataset,
+        "dataset": run.facts,
         "steps": run.batches.steps,
         **run.state,
     }
@@ -427,7 +429,7 @@ def write_row(run, test):
         finite_steps = sums.pop("finite", 0.0)
         means = {name: total / finite_steps for name, total in sums.items()}
 
-        # Test.
+        # Gather the numbers of the row.
         row = {
             "step": state["step"],
             "epoch": state["step"] / steps_per_epoch,
@@ -437,8 +439,10 @@ def write_row(run, test):
             "data_wait": waited / seconds,
             "memory_mb": peak_memory_mb(run.device),
             "skipped_steps": state["skipped"],
-            **test(run, epoch_ends),
         }
+
+        # Test.
+        row |= test(run, epoch_ends)
 
         # Write the row; at an epoch's end draw the curves, and print the row without its lists and counts.
         if run.folder:
@@ -566,11 +570,12 @@ def wrap_ddp(model, args, device, example):
     """DDP around the model, also for a single process, so that all runs take the same path. Applies --compile
     and --recompute. example: what the model is called with."""
     blocks = all_blocks(model)
+    if args.compile:
+        # A graph for each drop path rate, with and without gradient: more than torch allows by itself.
+        torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
     for block in blocks:
         block.recompute = args.recompute
         if args.compile:
-            # A graph for each drop path rate, with and without gradient: more than torch allows by itself.
-            torch._dynamo.config.recompile_limit = 8 + 4 * len(blocks)
             block.compile(dynamic=False)  # in place: the names in the state dict stay
     device_ids = [device.index] if device.type == "cuda" else None
     # A gradient of shape (1, 1, D) may have other strides than DDP's bucket, which changes no number.
@@ -595,13 +600,13 @@ def wrap_ddp(model, args, device, example):
 # ------------------------------------------------------------------------------------------------------------
 # Starting a run, and starting it again
 # ------------------------------------------------------------------------------------------------------------
-def create_run(args, device, model, optimizer, example, dataset, default_lr, **fields):
-    """Make a run at its start. example: what the model is called with; dataset: see Run; default_lr: the rate
+def create_run(args, device, model, optimizer, example, facts, default_lr, **fields):
+    """Make a run at its start. example: what the model is called with; facts: see Run; default_lr: the rate
     where neither --lr nor --blr is given; fields: the other fields of Run (min_lr, schedule, prepare, export,
     and folder if it was taken before)."""
     world = dist.get_world_size()
     batches = ResumableBatchSampler(
-        dataset["images"], args.batch_size, args.accumulate, dist.get_rank(), world, args.seed, args.epochs
+        facts["images"], args.batch_size, args.accumulate, dist.get_rank(), world, args.seed, args.epochs
     )
     # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256.
     lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else default_lr)
@@ -616,7 +621,7 @@ def create_run(args, device, model, optimizer, example, dataset, default_lr, **f
         optimizer=optimizer,
         scaler=scaler,
         lr=lr,
-        dataset=dataset,
+        facts=facts,
         **fields,
     )
 
@@ -626,8 +631,8 @@ def facts_of(dataset):
     return {"images": len(dataset), "classes": list(dataset.classes)}
 
 
-def build_run(args, dataset, device):
-    """A run of --method. dataset: as `facts_of` gives it."""
+def build_run(args, facts, device):
+    """A run of --method. facts: of its data set, as `facts_of` gives them."""
     # Build the model; every process starts from the same weights.
     torch.manual_seed(args.seed)
     model = METHODS[args.method](args).to(device)
@@ -647,7 +652,7 @@ def build_run(args, dataset, device):
         model,
         optimizer=build_optimizer(model, args),
         example=example,
-        dataset=dataset,
+        facts=facts,
         default_lr=LAPTOP_LR,
         prepare=prepare,
         export=export,
@@ -725,7 +730,7 @@ def resume(run):
         return
 
     # The training set, too, must be as it was. (A finished run needs it no more.)
-    old, new = saved["dataset"], run.dataset
+    old, new = saved["dataset"], run.facts
     if saved["step"] == saved["steps"]:
         run.batches.steps = saved["steps"]
     elif old != new:
@@ -761,8 +766,8 @@ def resume(run):
 
 def run_loop(run, argv, header, dataset, test):
     """Resume the run if it was begun, say what is about to happen, train -> exit code."""
-    # Take the folder, unless finetune.py has done so. Not earlier, so that a start that fails before this
-    # leaves no folder behind.
+    # Make the run's folder and lock it, unless finetune.py has done so. This comes only now, so that a start
+    # that fails before leaves no folder behind.
     if dist.get_rank() == 0 and run.folder is None:
         run.folder = RunFolder(run.args.out)
     resume(run)
@@ -797,8 +802,8 @@ def run_loop(run, argv, header, dataset, test):
 
 
 def load_weights(model, path):
-    """--init: weights alone, from a checkpoint.pt, an encoder.pt or a published file of MAE or MCMAE, for CAE
-    of CAE -> what was filled (see vit.load_matching)."""
+    """--init: load weights alone, from a checkpoint.pt, an encoder.pt or a published file: of CAE if the
+    model is a CAE, else of MAE or MCMAE. Returns what was filled (see vit.load_matching)."""
     state = load_file(path)
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
@@ -842,10 +847,11 @@ def pretrain(args, argv, device):
     if args.init and not (Path(args.out) / "checkpoint.pt").exists():
         print_rank0(f"--init {args.init}: fills {load_weights(run.model, args.init)}")
 
-    # Choose the images for val_loss, for `numbers` and for the pictures. They are the same at every epoch.
+    # Choose the images for val_loss, for `numbers` and for the pictures. They are the same at every epoch. On
+    # `shapes` there is a mask of the object in each.
     held_out = val_set is not None and min(len(val_set), args.val_images) >= args.batch_size
     chosen, count = (val_set, args.val_images) if held_out else (train_set, 64)
-    images, masks = fixed_images(chosen, args.image_size, count)
+    images, object_masks = fixed_images(chosen, args.image_size, count)
     note_grey(images, args)
 
     # Train.
@@ -854,7 +860,7 @@ def pretrain(args, argv, device):
         val = f"val_loss on {len(images) // args.batch_size * args.batch_size} images"
     header = f"{args.method} on {args.data}: {len(train_set)} images, {val}"
     samples = TrainDataset(train_set, train_transform(args), args.seed)
-    test = partial(test_pretraining, images=images, masks=masks, held_out=held_out)
+    test = partial(test_pretraining, images=images, object_masks=object_masks, held_out=held_out)
     code = run_loop(run, argv, header, samples, test)
     if code or run.state["step"] < run.batches.steps:
         return code
@@ -886,12 +892,12 @@ def note_grey(images, args):
         )
 
 
-def test_pretraining(run, epoch_ends, images, masks, held_out):
+def test_pretraining(run, epoch_ends, images, object_masks, held_out):
     """The numbers of a log row; at an epoch's end also val_loss, the pictures, and on `shapes` the object
     awareness.
 
-    images: uint8, the same each time; masks: of the objects in them, or None; held_out: whether they are of a
-    val set.
+    images: uint8, the same each time; object_masks: of the objects in them, or None; held_out: whether they
+    are of a val set.
     """
     # Measure the loss on held-out data, on all processes. Rank 0 alone does the rest.
     args, model, numbers = run.args, run.model, {}
@@ -914,9 +920,11 @@ def test_pretraining(run, epoch_ends, images, masks, held_out):
             epoch = run.state["step"] // run.batches.steps_per_epoch
             sheet = picture_sheet({title: pictures[:8] for title, pictures in panels.items()})
             run.folder.write_picture(f"epoch-{epoch:04d}.png", sheet)
-        maps = exported_attention(model, args, images, run.device) if masks is not None else None
+        maps = None
+        if object_masks is not None:
+            maps = exported_attention(model, args, images, run.device)
         if maps is not None:
-            numbers["object_attention"], numbers["object_area"] = object_awareness(maps, masks)
+            numbers["object_attention"], numbers["object_area"] = object_awareness(maps, object_masks)
     model.train()
     return numbers
 
@@ -1281,7 +1289,7 @@ def run_program(name, argv, parse, program):
         raise SystemExit(code)
 
 
-def draw(args, argv, device):
+def draw(args, device):
     """--draw: the pictures of a run, as at the end of an epoch, for given images; a run that is going on is
     not disturbed."""
     # Build the run's model again. Flags that are newer than the run have their defaults.
@@ -1345,8 +1353,8 @@ def benchmark(args, argv, device):
 
         return step
 
-    # Warm each step up, and count its images, its memory and its FLOPs. (Code that is compiled while FLOPs
-    # are counted would not be used again, so they are counted eagerly.)
+    # Warm each step up, and count its images, and this process's memory and FLOPs. (Code that is compiled
+    # while FLOPs are counted would not be used again, so they are counted eagerly.)
     steps, counts, memory, flops = [], [], [], []
     for its_args in all_args:
         before = peak_memory_mb(device, restart=True)
@@ -1400,7 +1408,7 @@ def main(argv=None):
 
     def program(args, argv, device):
         if args.draw:
-            return draw(args, argv, device)
+            return draw(args, device)
         if args.benchmark is not None:
             return benchmark(args, argv, device)
         return pretrain(args, argv, device)

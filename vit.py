@@ -10,7 +10,8 @@ Letters, used in every file (in brackets: what the papers call the same thing):
     L    patches of an image
     V    visible patches of an image (MR-MAE: l_v)
     U    hidden patches of an image, U = L - V (MR-MAE: l_m)
-    N    tokens that a block sees: patches, and CLS if there is one
+    N    tokens that a block sees: patches, and CLS if there is one. (In finetune.py also the samples of a
+         set, in dense.py the objects of an image.)
     D    width of the encoder (MR-MAE: C)
     Dd   width of the decoder
     Dt   width of a teacher's features (MR-MAE: C)
@@ -320,7 +321,7 @@ class Mlp(nn.Module):
         self.fc2 = layer(hidden, dim)
         self.activation = F.gelu  # mrmae.py sets another for CLIP
 
-    def forward(self, x):  # (B, N, D)
+    def forward(self, x):  # (B, N, D); with convolutions (B, D, h, w)
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -485,9 +486,11 @@ class ViT(nn.Module):
         return self.norm_pre(x)
 
     def forward_blocks(self, x, taps=()):
-        """Embedded patches (B, V, D), CLS put in front -> the last block's output (B, 1 + V, D), before the
-        final norm; and a list with the outputs of the blocks in `taps`, which are counted from 1, in the
-        order asked for."""
+        """Put CLS in front of embedded patches (B, V, D), and run the blocks.
+
+        Returns the output of the last block (B, 1 + V, D), before the final norm, and a list of the outputs
+        of the blocks in `taps`, which are counted from 1, in the order of `taps`.
+        """
         x = self.prepend_cls(x)
         tapped = {}
         for number, block in enumerate(self.blocks, start=1):
@@ -676,7 +679,9 @@ class ConvStem(nn.Module):
         self.proj = nn.Linear(width, width)  # MCMAE's patch_embed4
         # As MCMAE's code has it; its other convolutions keep PyTorch's default.
         nn.init.xavier_uniform_(self.embed3.proj.weight.view(width, -1))
-        self.to(memory_format=torch.channels_last)  # as LayerNorm2d's output is
+        # LayerNorm2d returns maps whose channels lie last in memory. Convolutions whose weights lie in the
+        # same way need not convert them.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images, hidden=None, stages=None):
         """hidden (B, L) bool: patches whose pixels must not reach the others. stages: a list that receives
@@ -695,17 +700,16 @@ class ConvStem(nn.Module):
         return self.proj(rearrange(self.embed3(x), "b d h w -> b (h w) d"))
 
 
-def stem_size(width1, width2, depth=11, stage_depth=2, mlp_ratio=4):
+def stem_size(width1, width2, depth=11, stage_depth=2, stage_mlp_ratio=4):
     """A size with the convolution stem: the widths of its two stages, of `stage_depth` blocks each, and
-    `depth`, the number of transformer blocks behind them. `mlp_ratio` is that of the stages and of the
-    decoder; the transformer blocks always have 4."""
+    `depth`, the number of transformer blocks behind them. The decoder has the MLP ratio of the stages;
+    the transformer blocks always have 4."""
     return dict(
         widths=[width1, width2],
         depths=[stage_depth] * 2,
-        mlp_ratios=[mlp_ratio] * 2,
+        mlp_ratios=[stage_mlp_ratio] * 2,
         depth=depth,
-        mlp_ratio=4,
-        decoder_mlp_ratio=mlp_ratio,
+        decoder_mlp_ratio=stage_mlp_ratio,
     )
 
 
@@ -713,8 +717,8 @@ STEM_SIZES = {
     "micro": stem_size(32, 64, depth=4, stage_depth=1),  # ours, for a laptop
     "small": stem_size(128, 256),  # forks of MCMAE's code
     "base": stem_size(256, 384),  # MCMAE's code, which has only this size
-    "large": stem_size(384, 768, depth=23, mlp_ratio=8),  # forks of MCMAE's code
-    "huge": stem_size(768, 1024, depth=31, mlp_ratio=8),  # forks of MCMAE's code
+    "large": stem_size(384, 768, depth=23, stage_mlp_ratio=8),  # forks of MCMAE's code
+    "huge": stem_size(768, 1024, depth=31, stage_mlp_ratio=8),  # forks of MCMAE's code
 }
 
 
@@ -802,7 +806,12 @@ def add_size_args(parser, encoder=True, decoder=True):
     add("--size", choices=SIZES, default="micro", help="a named size; the flags below win over it")
     add("--width", type=size_int, help="D, width of the encoder")
     add("--depth", type=size_int, help="blocks of the encoder")
-    add("--heads", type=size_int, help="attention heads of the encoder; no state dict shows them")
+    add(
+        "--heads",
+        type=size_int,
+        help="attention heads of the encoder; give it for published files of unusual widths, whose weights "
+        "do not show it",
+    )
     if not decoder:
         return
 
@@ -810,7 +819,7 @@ def add_size_args(parser, encoder=True, decoder=True):
     add(
         "--decoder-width",
         type=size_int,
-        help="512 in MAE and MixedAE Sec. 4.1 (light: 256); the encoder's in CAE",
+        help="512 in MAE and MixedAE Sec. 4.1 (light: 256); in CAE 768 for small and base, 1024 for large",
     )
     add(
         "--decoder-depth",
@@ -902,7 +911,8 @@ def rename(state_dict, pairs):
     return renamed
 
 
-# Where the weights lie in a published file, if the file is not the weights. DINO's has a student too.
+# The keys under which published files hold their weights; the first that a file has is taken. "teacher" comes
+# first, because a full checkpoint of DINO has a student, too.
 WRAPPERS = ("teacher", "model", "module", "state_dict", "model_ema", "state_dict_ema")
 
 
@@ -924,7 +934,8 @@ def strip_prefixes(weights, prefixes="module|_orig_mod|backbone|encoder|model"):
 
 def load_strictly(module, weights):
     """Check each tensor, then load all. Each must be dense and finite, and hold floats or whole numbers as
-    the module's own does; else this raises ValueError, for names and shapes that do not fit RuntimeError."""
+    the module's own does; if not, this raises ValueError. Names or shapes that do not fit raise torch's
+    RuntimeError."""
     for name, own in module.state_dict().items():
         value = weights.get(name, own)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -940,8 +951,7 @@ def read_shape(weights):
     """The weights of a ViT for square images, with our names -> the arguments of `ViT`, except heads, which
     no tensor shows.
 
-    Weights that are not those of a ViT raise KeyError, ValueError, IndexError, TypeError or
-    ZeroDivisionError.
+    Weights that are not those of a ViT raise errors of all kinds, which the callers catch.
     """
 
     def read_blocks(name):
@@ -1003,7 +1013,7 @@ def load_matching(model, weights, shape, source):
             grid = [pixels // encoder.patch_size for pixels in shape.get("image_size", ())] or (side, side)
             weights = {**weights, name: resize_positions(weights[name], grid, encoder.grid)}
         part = {name: value for name, value in weights.items() if name.startswith("encoder.")}
-        load_strictly(encoder, rename(part, [("^encoder.", "")]))
+        load_strictly(encoder, rename(part, [(r"^encoder\.", "")]))
 
         # Load the whole model if all of it is there.
         whole = all(name in weights and weights[name].shape == value.shape for name, value in own.items())

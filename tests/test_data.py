@@ -642,7 +642,8 @@ def test_curves_compare_runs(tmp_path):
 
 
 def test_a_line_goes_through_its_points():
-    chart = np.array(data.line_chart("t", {"rise": [(0, 0.0), (1, 1.0)], "fall": [(0, 1.0), (1, 0.0)]}))
+    lines = {"rise": [(0, 0.0), (1, 1.0)], "fall": [(0, 1.0), (1, 0.0)]}
+    chart = np.array(data.line_chart("t", lines, {"rise": (0, 2), "fall": (1, 2)}))
     for colour, sign in ((data.COLOURS[0], -1), (data.COLOURS[1], 1)):
         rows, columns = (chart[44:] == [int(255 * c) for c in colour]).all(-1).nonzero()
         slope = np.polyfit(columns, rows, 1)[0]

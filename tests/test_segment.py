@@ -389,10 +389,19 @@ def test_evaluating_takes_another_window_but_no_other_model(scenes, encoder, tmp
     images.mkdir()
     (images / "a.png").write_bytes(b"no image")
     predict = ("--evaluate", tmp_path / "run", "--predict", images, "--out")
-    run(*predict, images / "masks", code=2)
-    one_line(capsys, "lies among the images of --predict")
+    for out in (images, images / "masks"):
+        run(*predict, out, code=2)
+        one_line(capsys, "lies among the images of --predict")
     run(*predict, tmp_path / "masks", code=2)
     assert "none of its 1 images can be read" in capsys.readouterr().err
+
+    # Of a single image only its own folder counts: other folders may lie below that.
+    single = ("--evaluate", tmp_path / "run", "--predict", images / "b.png", "--out")
+    Image.fromarray(scene(1)[0]).save(images / "b.png")
+    run(*single, images, code=2)
+    one_line(capsys, "lies among the images of --predict")
+    run(*single, images / "masks")
+    assert (images / "masks" / "b.png").exists()
 
 
 def test_masks_that_count_from_0(scenes, encoder, tmp_path, capsys):
