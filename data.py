@@ -416,14 +416,14 @@ def object_awareness(maps, masks):
 # A first reading may stop here. What follows: flags, image files, folders and lists, torchvision's sets,
 # loader processes, broken images, pictures, charts, and the run's folder.
 # ============================================================================================================
-def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
+def add_data_args(parser, names=NAMES, default="shapes", **several):
     """The flags of --data and of augmentation, for train.py and finetune.py. names: the sets that the help
-    lists; nargs: how many words --data takes."""
+    lists; several: how argparse takes more than one word."""
     add = parser.add_argument_group("data").add_argument
 
     # Where the images are.
     what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
-    add("--data", default=default, nargs=nargs, help=what)
+    add("--data", default=default, help=what, **several)
     add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     add("--download", action="store_true", help="let torchvision download the set into --data-root")
 
@@ -465,6 +465,12 @@ def check_data_args(parser, args):
 say_once = functools.cache(print_rank0)  # once per process, so loader processes may each say it again
 
 
+def open_image(path):
+    """A file of one of SUFFIXES as a PIL image, whatever its name says. PIL knows more formats, and hands
+    PostScript to Ghostscript, which runs it as a program."""
+    return Image.open(path, formats=["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+
+
 def decode(path):
     """An image file -> uint8 RGB (3, height, width), as `from_pil` has it.
 
@@ -472,17 +478,27 @@ def decode(path):
     JPEGs that torchvision refuses, and JPEGs so large that PIL warns or refuses, because they could fill the
     memory. (A damaged PNG can crash torchvision's decoder, and the process with it.)
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise ValueError("it is no regular file")
     data = np.fromfile(path, dtype=np.uint8)
+    image = None
     if bytes(data[:2]) == b"\xff\xd8":  # a JPEG
         # Torchvision has deprecated its decoders. A version without them raises an AttributeError.
         with warnings.catch_warnings(), contextlib.suppress(RuntimeError, AttributeError, struct.error):
             warnings.simplefilter("ignore", DeprecationWarning)
             if jpeg_pixels(data) <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                return torchvision.io.decode_image(
+                image = torchvision.io.decode_image(
                     torch.from_numpy(data), mode="RGB", apply_exif_orientation=True
                 )
-    with Image.open(path) as image:
-        return from_pil(image)
+    if image is None:
+        with open_image(path) as file:
+            image = from_pil(file)
+
+    # Refuse an image so thin that it would fill the memory once it is enlarged to cover a square.
+    height, width = image.shape[1:]
+    if max(height, width) > 1000 * min(height, width):
+        raise ValueError(f"{height} x {width} pixels are too thin to be enlarged")
+    return image
 
 
 def jpeg_pixels(data):
@@ -548,8 +564,9 @@ def open_folder(folder):
         )
 
     # Walk through it, following links. Enter each real folder at most once per class (two classes may link to
-    # the same images), and `folder` itself never again, so that links in circles come to an end. Sort the
-    # folders, so that the result does not depend on the order in which the file system has them.
+    # the same images), and `folder` itself never again, so that links in circles come to an end. Leave out
+    # the folders of runs, whose pictures are no data. Sort the folders, so that the result does not depend on
+    # the order in which the file system has them.
     found = []  # (path, class)
     top = os.path.realpath(folder)
     listed = set()
@@ -558,7 +575,8 @@ def open_folder(folder):
         if len(parts) == 1:  # a class begins; the one before is finished
             listed = {top}
         real = os.path.realpath(root)
-        if real in listed:
+        is_run = parts and {".lock", "args.json"} <= set(names)
+        if real in listed or is_run:
             folders.clear()  # os.walk goes on into what is left in `folders`: here nothing
             continue
         listed.add(real)
@@ -580,13 +598,19 @@ def open_folder(folder):
     return ImageFiles(paths, labels.tolist(), classes.tolist())
 
 
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark, as some programs write it. Bytes that
+    are not UTF-8 stay as they are."""
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # its byte order mark
+    return content.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape")
+
+
 def open_list(path):
     """A .txt with one image path per line, absolute or relative to the list's own folder -> ImageFiles
     without labels. The paths are sorted, so the order of the lines does not matter."""
     try:
-        text = path.read_bytes()
-        utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # its byte order mark
-        lines = text.decode("utf-16" if utf16 else "utf-8-sig", "surrogateescape").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); give a list in UTF-8") from None
     paths = sorted(str(path.parent / line.strip()) for line in lines if line.strip())
@@ -848,13 +872,13 @@ SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "th
 
 
 def read_log(folder):
-    """The rows of a run's log.jsonl; lines that a kill or a full disk cut short are left out."""
+    """The rows of a run's log.jsonl; lines that are none, such as one that a kill cut short, are left out."""
     path = Path(folder) / "log.jsonl"
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and {"step", "epoch"} <= row.keys()]
 
 
 def curves(folders):

@@ -48,10 +48,12 @@ Sources: MixedAE Sec. 4.2 and 4.3, CAE Sec. 5.2 and Appendix A, MR-MAE Sec. 4.2.
 import argparse
 import json
 import math
+import os
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,9 @@ from data import (
     broken_name,
     normalize,
     open_folder,
+    open_image,
     picture_sheet,
+    read_text,
     seed_of,
     writing,
 )
@@ -828,11 +832,13 @@ def evaluate(args, device):
 
     # A mask must not replace an image: of a folder all images below it are read, of a file's folder only one.
     root = Path(args.predict or "")
-    single = root.is_file()
+    single = os.path.isfile(root)
     root = root.parent if single else root
     out, images = Path(args.out).resolve(), root.resolve()
     if args.predict and (out == images or not single and out.is_relative_to(images)):
         raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
+    if args.predict and any(out.glob("*.png")) and not os.path.exists(out / ".lock"):
+        raise UserError(f"--out {args.out}: holds images that masks could replace; choose another folder")
 
     # Take the folder for what will be written.
     folder = RunFolder(args.out) if dist.get_rank() == 0 else None
@@ -1082,12 +1088,12 @@ class Scenes(ImageFiles):
         # are taken to count from 1 if nothing else is said.
         if split == "validation":
             first_label = first_label or "1"
-        seen = [np.unique(Image.open(masks[i])) for i in readable_samples(self)]
+        seen = [np.unique(open_image(masks[i])) for i in readable_samples(self)]
         judge_masks(masks[0].parent, seen, classes, first_label)
 
     def __getitem__(self, i):
         image, file = super().__getitem__(i)
-        mask = np.array(Image.open(file))
+        mask = np.array(open_image(file))
         if mask.shape != image.shape[-2:]:
             raise UserError(
                 f"{file}: has the shape {mask.shape}, its image (after its EXIF rotation) "
@@ -1149,8 +1155,8 @@ def scene_classes(folder):
     """Names of the classes 1, 2, ..: the lines of classes.txt, or the last column of ADE20K's own
     objectInfo150.txt, which has a head line."""
     for path, first in ((folder / "classes.txt", 0), (folder / "objectInfo150.txt", 1)):
-        if path.is_file():
-            lines = path.read_text(errors="replace").rstrip().splitlines()[first:]
+        if os.path.isfile(path):
+            lines = read_text(path).rstrip().splitlines()[first:]
             classes = [line.split("\t")[-1].strip() for line in lines]
             if all(classes) and 2 <= len(classes) < IGNORE:
                 return classes
@@ -1246,6 +1252,25 @@ def as_target(boxes, labels, masks):
     }
 
 
+def run_lengths(text):
+    """The run lengths in COCO's compressed text, as pycocotools writes them -> a list of numbers.
+
+    A character is 48 + six bits: five bits of a number, from the lowest on, and whether more of it follow.
+    The highest bit of a number is its sign. From the fourth run on, a number is the difference from the run
+    two before.
+    """
+    lengths, number, place = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number |= (bits & 31) << place
+        place += 5
+        if not bits & 32:  # the last five bits
+            number -= (bits & 16) << (place - 4)  # the sign, if it is set
+            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+            number, place = 0, 0
+    return lengths
+
+
 def mistake_of(note, images, categories):
     """What is wrong with an annotation of COCO's format, in words, or None. images: {id: record}."""
     image, category, box = note["image_id"], note["category_id"], note["bbox"]
@@ -1261,15 +1286,18 @@ def mistake_of(note, images, categories):
     if (
         len(box or ()) != 4
         or not np.isfinite(box).all()
+        or box[0] > width
+        or box[1] > height
+        or min(box[0] + box[2], box[1] + box[3]) < 0
         or (box[0] < box[2] <= width and box[1] < box[3] <= height and sum(box) > 1.1 * (width + height))
         or (min(box[2:]) > 0 and max(box) < 1)
     ):
         return (
-            f"has the bbox {box} {where}; it must be x, y, width, height in pixels, not corners (instead of "
-            f"x, y, x1, y1 write x, y, x1 - x, y1 - y) and not shares of the image"
+            f"has the bbox {box} {where}; it must be x, y, width, height in pixels of this image, not "
+            f"corners (instead of x, y, x1, y1 write x, y, x1 - x, y1 - y) and not shares of the image"
         )
     area = note.get("area") or 0
-    if not isinstance(area, (int, float)) or not 0 <= area < math.inf:
+    if not isinstance(area, (int, float)) or not 0 <= area <= 1e10:  # COCO's evaluation counts no larger ones
         return f"has the area {area!r}; it must be a number of pixels, or be left out: then it is the mask's"
 
     # Check the mask. pycocotools crashes on points that are far away, or nowhere (NaN), and can wait for ever
@@ -1277,7 +1305,8 @@ def mistake_of(note, images, categories):
     mask = note.get("segmentation") or [()]  # no mask is an empty polygon, which has too few points
     if isinstance(mask, dict):
         counts = mask["counts"]
-        whole = mask["size"] == [height, width] and (type(counts) is str or sum(counts) == height * width)
+        lengths = run_lengths(counts) if isinstance(counts, str) else counts
+        whole = mask["size"] == [height, width] and sum(lengths) == height * width and min(lengths) >= 0
     else:
         whole = all(len(p) >= 6 and len(p) % 2 == 0 and np.abs(p).max() < 1e5 for p in mask)
     if not whole:
@@ -1301,11 +1330,14 @@ class CocoObjects(ImageFiles):
         folder = path.parent.parent / path.stem.removeprefix("instances_")
         try:
             content = json.loads(path.read_text())
-            images = {record["id"]: record for record in content["images"]}
+            images = {record["id"]: record for record in sorted(content["images"], key=itemgetter("id"))}
+            for record in images.values():
+                record |= {side: int(record[side]) for side in ("height", "width")}
             files = {i: folder / record["file_name"] for i, record in images.items()}
             categories = {record["id"]: str(record["name"]) for record in content["categories"]}
-            if len(images) < len(content["images"]):
-                raise ValueError(f"{len(content['images'])} images with {len(images)} different ids")
+            for name, by_id in (("images", images), ("categories", categories)):
+                if len(by_id) < len(content[name]):
+                    raise ValueError(f"{len(content[name])} {name} with {len(by_id)} different ids")
             for note in content.setdefault("annotations", []):
                 mistake = mistake_of(note, images, categories)
                 if mistake:
@@ -1321,7 +1353,7 @@ class CocoObjects(ImageFiles):
         self.truth = coco_truth(content)
 
         # Collect the objects of each image to train on.
-        objects = {i: [] for i in sorted(images)}
+        objects = {i: [] for i in images}
         flat = []
         for note in content["annotations"]:
             if min(note["bbox"][2:]) <= 0:

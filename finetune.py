@@ -104,6 +104,7 @@ from data import (
     open_folder,
     open_sets,
     picture_sheet,
+    read_text,
     train_transform,
 )
 from mrmae import from_official_mcmae
@@ -130,6 +131,7 @@ from vit import (
     bounded,
     build_encoder,
     check_statistics,
+    file_name,
     find_weights,
     init_weights,
     load_file,
@@ -835,8 +837,8 @@ def load_finished(path, args, device, build):
     """A run folder or its best.pt -> (model in eval mode, what the file holds). build(encoder, saved, args)
     makes the model of the file's encoder, content and flags. args: the flags of this call; those that
     describe the encoder must be left out or be the run's."""
-    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
-    if not file.exists():
+    file = Path(path) / "best.pt" if os.path.isdir(path) else Path(path)
+    if not os.path.exists(file):
         raise UserError(
             f"{file}: no such file; --evaluate takes the folder of a run of this program, which has a "
             f"best.pt after its first epoch"
@@ -847,7 +849,10 @@ def load_finished(path, args, device, build):
         model = build(ViT(**saved["config"]), saved, argparse.Namespace(**saved["args"]))
         load_strictly(model, saved["model"])
     except Exception as error:  # a damaged or foreign file makes them raise all kinds
-        raise UserError(f"{file}: not a best.pt of this program ({one_line(error)})") from None
+        raise UserError(
+            f"{file}: not a best.pt of this program ({one_line(error)}); finetune.py and dense.py evaluate "
+            f"their own runs"
+        ) from None
 
     # Refuse flags that contradict the run.
     own = {**saved["config"], **saved["info"]}
@@ -863,7 +868,7 @@ def load_finished(path, args, device, build):
     # Say which epoch it is, and what the last one had. The run's own test set chose it, so its number there
     # is optimistic.
     last = "beside it lies no results.json: the run is not finished, or the file was moved"
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         results = json.loads((file.parent / "results.json").read_text())
         if f"best_{saved['metric']}" in results:  # --evaluate writes a results.json without it
             last = f"after the last epoch it was {results[saved['metric']]:.2f}"
@@ -901,6 +906,9 @@ def evaluate(args, device):
         if saved["classes"] != dataset.classes:
             raise UserError(f"--evaluate {path}: was trained on other classes than those of {name}")
 
+    # Take the folder before the long work, not after it.
+    folder = RunFolder(args.out or "runs/evaluate") if dist.get_rank() == 0 else None
+
     # Average the probabilities, each model's on images of its own size.
     probabilities = 0  # (N, classes)
     for model in models:
@@ -908,11 +916,10 @@ def evaluate(args, device):
         logits = predict_logits(model, samples, args, device, leave_out=bool(args.predict))
         scores = logits.sigmoid() if model.multi_label else logits.softmax(dim=1)
         probabilities = probabilities + scores / len(models)
-    if dist.get_rank() > 0:
+    if folder is None:
         return 0
 
     # Write the numbers of the test set.
-    folder = RunFolder(args.out or "runs/evaluate")
     if not args.predict:
         results = report(folder, probabilities, dataset, metric)
         write_numbers(folder, f"{' + '.join(args.evaluate)} on {name}", results)
@@ -955,6 +962,9 @@ class BoxedImages(EvalDataset):
         image, _ = self.dataset[i]
         mask = torch.zeros_like(image[:1])
         for x0, y0, x1, y1 in self.boxes[i]:
+            if not (x1 < image.shape[2] and y1 < image.shape[1]):
+                size = f"{image.shape[2]} x {image.shape[1]} pixels"
+                raise ValueError(f"its box {x0},{y0},{x1},{y1} (ends included) leaves its {size}")
             mask[:, y0 : y1 + 1, x0 : x1 + 1] = 255
         return self.transform(torch.cat([image, mask]))
 
@@ -964,16 +974,17 @@ def read_boxes(path, dataset, folder):
     for each sample of the set the list of its boxes. Several boxes of a file count as one object."""
     boxes = defaultdict(list)
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"file", "x0", "y0", "x1", "y1"} <= set(rows.fieldnames or ()):
-                raise ValueError(f"its columns are {rows.fieldnames}")
-            for row in rows:
-                box = [int(row[corner]) for corner in ("x0", "y0", "x1", "y1")]
-                x0, y0, x1, y1 = box
-                if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
-                    raise ValueError(f"the box of {row['file']} is {box}, not two corners")
-                boxes[os.path.normpath(row["file"])].append(box)
+        rows = csv.DictReader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+        if not {"file", "x0", "y0", "x1", "y1"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"its columns are {rows.fieldnames}")
+        for row in rows:
+            corners = [row[name] for name in ("x0", "y0", "x1", "y1")]
+            if None in corners:
+                raise ValueError(f"line {rows.line_num} has too few columns")
+            x0, y0, x1, y1 = box = list(map(int, corners))
+            if not (0 <= x0 <= x1 and 0 <= y0 <= y1):
+                raise ValueError(f"the box of {row['file']} is {box}, not two corners")
+            boxes[os.path.normpath(row["file"])].append(box)
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(
             f"--objects {path}: is no table of file,x0,y0,x1,y1 in whole pixels ({one_line(error)})"
@@ -1057,8 +1068,9 @@ def measure_objects(args, device):
     folder = args.data[0]
     train_set, val_set = open_sets(replace_args(args, data=folder))
     dataset = train_set if val_set is None else val_set
-    table = args.objects if Path(args.objects).exists() else Path(folder, args.objects)
+    table = args.objects if os.path.exists(args.objects) else Path(folder, args.objects)
     boxes = read_boxes(table, dataset, folder)
+    out = RunFolder(args.out or "runs/objects") if dist.get_rank() == 0 else None
 
     results, panels, ids = {}, {}, None
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
@@ -1095,8 +1107,7 @@ def measure_objects(args, device):
             panels[f"{number} {name[:18]}\n{title}"] = maps
 
     # Write.
-    if dist.get_rank() == 0:
-        out = RunFolder(args.out or "runs/objects")
+    if out:
         out.write_text("results.json", json.dumps(results, indent=1))
         out.write_picture("objects.png", picture_sheet(panels))
         print_rank0(f"{out.path}: results.json, pictures/objects.png")
@@ -1126,8 +1137,19 @@ def add_encoder_args(parser, nargs=None):
         nargs=nargs,
         help="an encoder.pt, a published file, or none: a random encoder",
     )
-    add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
-    add("--predict", metavar="IMAGES", help="with --evaluate: predict the images of this folder, or this one")
+    add(
+        "--evaluate",
+        nargs="+",
+        action="extend",
+        metavar="RUN",
+        help="evaluate these finished runs, and stop",
+    )
+    add(
+        "--predict",
+        type=file_name,
+        metavar="IMAGES",
+        help="with --evaluate: predict the images of this folder, or this one",
+    )
     add_statistics_args(
         add,
         "what images are normalised with [as encoder.pt says; published files: ImageNet's, but timm's augreg "
@@ -1145,12 +1167,13 @@ def parse_args(argv=None):
     add_encoder_args(parser, nargs="+")
     parser.add_argument(
         "--objects",
+        type=file_name,
         metavar="BOXES.CSV",
         help="train nothing: measure how much attention of one or more encoders falls on the objects of the "
         "val images of --data, a folder (MixedAE Sec. 3.4); columns file,x0,y0,x1,y1, files relative to it",
     )
     add_run_args(parser)
-    add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
+    add_data_args(parser, [*NAMES, *SETS], nargs="+", action="extend", default=None)
     add_size_args(parser, decoder=False)
     add = parser.add_argument_group(protocol).add_argument
     add(
@@ -1198,8 +1221,8 @@ def parse_args(argv=None):
     # --objects compares encoders on one folder; everything else takes one encoder.
     args.encoder = [args.encoder] if isinstance(args.encoder, str) else args.encoder
     check_encoder_args(parser, args)
-    if args.objects == "" or args.objects and args.evaluate:
-        parser.error("--objects: wants a table of boxes, and goes without --evaluate")
+    if args.objects and args.evaluate:
+        parser.error("--objects: goes without --evaluate")
     if args.objects:
         name = args.data[0]
         if len(args.data) > 1 or name in (*NAMES, *SETS) or name.endswith(".txt"):
@@ -1278,12 +1301,13 @@ def add_finetune_args(add):
 
 def check_encoder_args(parser, args):
     """One clear line for flags that do not go together."""
-    if args.predict == "" or args.predict and not args.evaluate:
-        parser.error(f"--predict {args.predict}: goes with --evaluate RUN, and names images")
+    if args.predict and not args.evaluate:
+        parser.error(f"--predict {args.predict}: goes with --evaluate RUN")
     if (args.mean is None) != (args.std is None):
         parser.error("--mean and --std: give both")
     mode = "--evaluate" if args.evaluate else "--objects" if getattr(args, "objects", None) else None
-    if mode and args.out and Path(args.out, "checkpoint.pt").exists():
+    holds_run = args.out and any(os.path.exists(f"{args.out}/{name}.pt") for name in ("checkpoint", "best"))
+    if mode and holds_run:
         parser.error(f"--out {args.out}: holds a run, whose results {mode} would replace; choose another")
     if args.image_size and len(args.image_size) > 2:
         parser.error(f"--image-size takes one number or two (height width), not {len(args.image_size)}")

@@ -67,6 +67,7 @@ of this file says what we do and why.
 import argparse
 import fcntl
 import hashlib
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -657,13 +658,15 @@ def open_teacher(word, grid):
         path = word
     elif not colon:
         path = download(kind)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--teacher {word}: no such file, nor clip, clip:FILE, dino or dino:FILE")
 
     # Read it.
     if published:
         try:
             weights = read_weights(kind, path, official=not colon)
+            if {"config", "state_dict"} <= weights.keys():
+                raise ValueError(f"it is an encoder.pt of this project: give it without {kind}:")
             teacher = clip_visual(weights) if kind == "clip" else dino(weights)
         except Exception as error:  # a file of something else makes them raise all kinds
             why = one_line(error, 500)

@@ -86,6 +86,7 @@ from vit import (
     all_blocks,
     bounded,
     cls_attention,
+    file_name,
     find_weights,
     load_file,
     load_matching,
@@ -280,6 +281,9 @@ def train_loop(run, dataset, test):
         loss_is_finite = save(run, micro_batches[0])
     elif finished and something_to_do and loss_is_finite:
         save(run)
+    elif finished and not something_to_do and run.folder:  # write again what may be missing or older
+        for name, content in run.export().items():
+            run.folder.write(name, lambda file: torch.save(content, file))
 
     # Say how the run ended. If it was an error of this process alone, its own message says more.
     own_error = broken.error() if broken.too_many else loader_error
@@ -394,8 +398,8 @@ def save(run, micro_batch=None):
     if not run.folder:
         return True
 
-    # Write encoder.pt first. If the process is killed before it has written checkpoint.pt, a resume repeats
-    # the last steps and writes both again.
+    # Write checkpoint.pt first: whatever kills the process now, the steps are not lost, and a resumed run
+    # writes encoder.pt anew.
     saved = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -407,7 +411,7 @@ def save(run, micro_batch=None):
         **run.state,
     }
     try:
-        for name, content in {**run.export(), "checkpoint.pt": saved}.items():
+        for name, content in {"checkpoint.pt": saved, **run.export()}.items():
             run.folder.write(name, lambda file: torch.save(content, file))
     except UserError as error:
         run.folder.failed = True
@@ -610,6 +614,11 @@ def create_run(args, device, model, optimizer, example, facts, default_lr, **fie
     )
     # MAE's rule, and MixedAE's (Sec. 4.1): lr = base lr x B' / 256.
     lr = args.lr or (args.blr * batches.global_batch / 256 if args.blr else default_lr)
+    if lr < fields["min_lr"]:
+        raise UserError(
+            f"the learning rate {lr:g} is below {fields['min_lr']:g}, where its schedule ends; give a higher "
+            f"--lr or --blr, or to train.py a lower --min-lr"
+        )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     ddp = wrap_ddp(model, args, device, example)
     return Run(
@@ -638,7 +647,8 @@ def build_run(args, facts, device):
     model = METHODS[args.method](args).to(device)
 
     # Say what it is called with, and what is saved of it.
-    example = [torch.zeros(args.batch_size, 3, *args.image_size, device=device)]
+    count = min(args.batch_size, facts["images"])  # `create_run` refuses a batch that is larger than the set
+    example = [torch.zeros(count, 3, *args.image_size, device=device)]
 
     def prepare(images, labels):  # pre-training needs no labels
         return (normalize(images, args.mean, args.std),)
@@ -670,18 +680,24 @@ def export_encoder(model, args):
 
 
 def load_checkpoint(path, args):
-    """checkpoint.pt as `save` wrote it, of the same method as `args`."""
-    if not Path(path).exists():
+    """checkpoint.pt as `save` wrote it, of the same program and method as `args`."""
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such file; --out must be the folder of a run that has saved")
     saved = load_file(path)
 
-    # Check that it is whole, and of this method.
+    # Check that it is whole, and of this program and method.
     names = "model optimizer scaler args global_batch dataset steps step sums row_due"
     keys = set(names.split())
     if not isinstance(saved, dict) or not keys <= saved.keys():
         raise UserError(
             f"{path}: not a checkpoint of this version of train.py; move it away or choose another --out"
         )
+    program, now = (
+        "finetune.py" if "protocol" in flags else "dense.py" if "task" in flags else "train.py"
+        for flags in (saved["args"], vars(args))
+    )
+    if program != now:
+        raise UserError(f"{path} is of a run of {program} (now {now}); choose another --out")
     if saved["args"]["method"] != args.method:
         raise UserError(
             f"{path} was made with method {saved['args']['method']} (now {args.method}); use that, or "
@@ -703,7 +719,7 @@ def load_begun(args):
     """The checkpoint of the run in --out, or None if none was begun. All flags but FREE_FLAGS must be as they
     were."""
     path = Path(args.out) / "checkpoint.pt"
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     saved = load_checkpoint(path, args)
     then = {**saved["args"], "global batch": saved["global_batch"]}
@@ -723,10 +739,17 @@ def load_begun(args):
 
 
 def resume(run):
-    """Continue from checkpoint.pt, if there is one."""
+    """Continue from checkpoint.pt, if there is one. If there is none, refuse to write over what a run has
+    made."""
     path = Path(run.args.out) / "checkpoint.pt"
     saved = load_begun(run.args)
     if saved is None:
+        for name in ("encoder.pt", "tokenizer.pt", "best.pt", "results.json"):
+            if os.path.exists(path.with_name(name)):
+                raise UserError(
+                    f"--out {run.args.out}: holds {name} but no checkpoint.pt to go on from; choose another "
+                    f"--out, or move {name} away"
+                )
         return
 
     # The training set, too, must be as it was. (A finished run needs it no more.)
@@ -802,15 +825,17 @@ def run_loop(run, argv, header, dataset, test):
 
 
 def load_weights(model, path):
-    """--init: load weights alone, from a checkpoint.pt, an encoder.pt or a published file: of CAE if the
-    model is a CAE, else of MAE or MCMAE. Returns what was filled (see vit.load_matching)."""
+    """--init: load weights alone, from a checkpoint.pt, best.pt or encoder.pt, or from a published file: of
+    CAE if the model is a CAE, else of MAE or MCMAE. Returns what was filled (see vit.load_matching)."""
     state = load_file(path)
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
     try:
         if {"config", "state_dict"} <= state.keys():  # encoder.pt
             weights = {f"encoder.{name}": value for name, value in state["state_dict"].items()}
-            shape = state["config"]
+            shape = dict(state["config"])
+        elif {"config", "model"} <= state.keys():  # best.pt
+            weights, shape = state["model"], dict(state["config"])
         elif "global_batch" in state:  # checkpoint.pt
             weights, shape = state["model"], state["args"]
         else:
@@ -820,7 +845,7 @@ def load_weights(model, path):
         weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
         if not weights:
             raise KeyError("weights")
-    except (AttributeError, KeyError, TypeError):  # lists, numbers ... where dicts by name should be
+    except (AttributeError, KeyError, TypeError, ValueError):  # lists, numbers ... where dicts should be
         raise UserError(f"--init {path}: holds no weights by name") from None
     return load_matching(model, weights, shape, f"--init {path}")
 
@@ -844,7 +869,7 @@ def pretrain(args, argv, device):
     # Open the data, and make the model.
     train_set, val_set = local_rank0_first(args, partial(open_sets, args))
     run = build_run(args, facts_of(train_set), device)
-    if args.init and not (Path(args.out) / "checkpoint.pt").exists():
+    if args.init and not os.path.exists(f"{args.out}/checkpoint.pt"):
         print_rank0(f"--init {args.init}: fills {load_weights(run.model, args.init)}")
 
     # Choose the images for val_loss, for `numbers` and for the pictures. They are the same at every epoch. On
@@ -998,7 +1023,8 @@ def first_phase(program, flag, choices, default, what, argv):
 def share_of_batch(images, multiple=1):
     """Divide our default batch of so many images among the processes: thus the default command trains on 8 as
     it does on one. Each process gets at least `multiple` images, and a multiple of it."""
-    return multiple * max(1, images // multiple // int(os.environ.get("WORLD_SIZE", 1)))
+    world = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
+    return multiple * max(1, images // multiple // world)
 
 
 def add_run_args(parser):
@@ -1008,6 +1034,7 @@ def add_run_args(parser):
     # Where it writes, and how long it runs.
     add(
         "--out",
+        type=file_name,
         help="the run's folder [runs/METHOD; finetune.py: runs/METHOD-PROTOCOL-DATA; dense.py: "
         "runs/METHOD-TASK-DATA; with --evaluate runs/evaluate]",
     )
@@ -1139,8 +1166,9 @@ def parse_args(argv=None, base=()):
     )
     add(
         "--init",
+        type=file_name,
         metavar="FILE",
-        help="start from these weights alone: a checkpoint.pt, an encoder.pt or a published "
+        help="start from these weights alone: a checkpoint.pt, best.pt or encoder.pt, or a published "
         "file of MAE or MCMAE (for --method cae of CAE)",
     )
     add_statistics_args(add, "of the images; ImageNet's", list(MEAN), list(STD))
@@ -1160,6 +1188,7 @@ def parse_args(argv=None, base=()):
     add(
         "--draw",
         nargs="+",
+        action="extend",
         metavar="IMAGE",
         help="draw pictures of these images with the run in --out and its flags, and stop",
     )
@@ -1173,8 +1202,6 @@ def parse_args(argv=None, base=()):
     args = parser.parse_args(argv, from_base)
     args.out = args.out or f"runs/{method}"
     resolve_warmup(args, most=1)
-    if args.init == "":
-        parser.error("--init: an empty name; give a file of weights, or leave the flag out")
     check_data_args(parser, args)
     resolve_sizes(args, getattr(METHODS[method], "sizes", SIZES))
     return args
@@ -1297,7 +1324,10 @@ def draw(args, device):
     saved = load_checkpoint(folder / "checkpoint.pt", args)
     run_args = argparse.Namespace(**{**vars(args), **saved["args"], "compile": False})
     model = METHODS[args.method](run_args).to(device).eval()
-    load_strictly(model, saved["model"])
+    try:
+        load_strictly(model, saved["model"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: its checkpoint does not fit this model ({one_line(error)})") from None
 
     # Read the images.
     images = []

@@ -785,6 +785,13 @@ unit_float = bounded(float, 0, 1)
 size_int = bounded(int, 1, 65536)  # pixels, widths, heads
 
 
+def file_name(text):
+    """A type for argparse: the name of a file or folder. It is empty where a shell variable is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; give one, or leave the flag out")
+    return text
+
+
 def add_size_args(parser, encoder=True, decoder=True):
     """The flags for the shape of images and, if asked for, of encoder and decoder."""
     add = parser.add_argument_group("model size (the defaults are a laptop's; ours)").add_argument
@@ -1001,7 +1008,7 @@ def load_matching(model, weights, shape, source):
     encoder = model.encoder
     for key in ("patch_size", "heads"):
         here = encoder.config[key]
-        if shape.get(key, here) != here:
+        if shape.get(key, here) not in (here, None):
             flag = key.replace("_", "-")
             raise UserError(f"{source}: has {flag} {shape[key]} (here {here}); give --{flag} {shape[key]}")
 

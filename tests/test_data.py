@@ -1,5 +1,6 @@
 """Data: every kind of image, broken ones, folders and lists, drawn shapes, and randomness without state."""
 
+import argparse
 import json
 import os
 import shutil
@@ -201,17 +202,27 @@ def test_too_many_pixels_are_refused(name, options, tmp_path, monkeypatch):
         ("a.jpg", 700, "image file is truncated ("),
         ("a.png", 60, "image file is truncated"),
         ("a.png", None, "[Errno 2] No such file or directory"),
+        ("a.eps", 10_000, "cannot identify image file"),
+        ("pipe.png", -1, "it is no regular file"),
+        ("thin.png", -1, "2 x 2002 pixels are too thin"),
+        ("thin.jpg", -1, "2 x 2002 pixels are too thin"),
     ],
     ids=str,
 )
 def test_a_broken_file_is_named_once_with_the_reason(name, length, reason, tmp_path, capsys):
+    """PostScript is a program, so it is not opened."""
     path = tmp_path / name
-    path.write_text("not an image")
-    if path.suffix != ".txt":
+    if path.stem == "pipe":
+        os.mkfifo(path)
+    elif path.stem == "thin":
+        Image.new("RGB", (2002, 2)).save(path)
+    elif path.suffix != ".txt":
         gradient_image().save(path)
+    else:
+        path.write_text("not an image")
     if length is None:
         path.unlink()
-    else:
+    elif length >= 0:
         os.truncate(path, length)
     picture = str(tmp_path / "whole.png")
     gradient_image().save(picture)
@@ -274,6 +285,16 @@ def test_folders(folder, tmp_path):
     (folder / "train" / ".hidden.png").unlink()
     flat, _ = data.open_sets(args("--data", folder / "train" / "class0"))
     assert len(flat) == 20 and flat.classes == [] and flat[0][1] == -1
+
+
+def test_the_pictures_of_a_run_are_no_data(folder, tmp_path):
+    """Not even if the run's folder lies in the set's."""
+    shutil.copytree(folder / "val" / "class0", tmp_path / "set")
+    out = data.RunFolder(tmp_path / "set" / "runs" / "a")
+    out.write_picture("a.png", gradient_image())
+    out.write_args(argparse.Namespace(), [])
+    (flat, _) = data.open_sets(args("--data", tmp_path / "set"))
+    assert len(flat) == 4 and flat.classes == []
 
 
 class Listing:
@@ -438,9 +459,10 @@ def test_a_run_folder_that_is_deleted_is_made_again(tmp_path):
         shutil.rmtree(tmp_path / "runs")
         out.write_text("table.csv", f"{name},1")
         out.write_picture("a.png", gradient_image())
-        out.log({"step": i})
+        out.log({"step": i, "epoch": 0})
         assert os.fsdecode((out.path / "table.csv").read_bytes()) == f"{name},1"
-        assert data.read_log(out.path) == [{"step": i}] and (out.path / "pictures" / "a.png").exists()
+        assert data.read_log(out.path) == [{"step": i, "epoch": 0}]
+        assert (out.path / "pictures" / "a.png").exists()
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").write_text("")  # something else lies there now
     with pytest.raises(UserError, match="could not be written") as caught:
@@ -633,8 +655,8 @@ def test_curves_compare_runs(tmp_path):
     assert (one == red).all(-1).any() and not (one == blue).all(-1).any()
     assert (both == red).all(-1).any() and (both == blue).all(-1).any()
     (tmp_path / "a" / "log.jsonl").open("a").write(
-        '{"step": 4, "lo{"step": 5}\n'
-    )  # a line that a full disk cut short
+        '{"step": 4, "lo{"step": 5}\nnull\n7\n{"epoch": 1}\n'
+    )  # a line that a full disk cut short, and others that are no rows
     assert np.array_equal(np.array(data.curves([tmp_path / "a"])), one)
     assert data.curves([tmp_path / "none"]) is None
     (tmp_path / "a" / "log.jsonl").write_text(json.dumps({"step": 1, "epoch": 0.1, "loss": 1.0}) + "\n")

@@ -622,17 +622,25 @@ def lengths(*counts, size=(40, 48)):
     return {"size": list(size), "counts": list(counts)}
 
 
-def compressed():
+def compressed(height=40, width=48):
     """The run lengths of a mask as COCO's tools write them: text."""
-    mask = np.asfortranarray(np.eye(40, 48, dtype=np.uint8))
+    mask = np.asfortranarray(np.eye(height, width, dtype=np.uint8))
     return {"size": [40, 48], "counts": dense.coco_mask.encode(mask)["counts"].decode()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them(seed):
+    ends = np.random.default_rng(seed).choice(np.arange(1, 400_000), 40, replace=False)
+    lengths = np.diff([0, *sorted(ends), 400_000]).tolist()
+    packed = dense.coco_mask.frPyObjects({"size": [400, 1000], "counts": lengths}, 400, 1000)
+    assert dense.run_lengths(packed["counts"].decode()) == lengths
 
 
 def polygon(*numbers):
     return {"segmentation": [list(numbers)]}
 
 
-BOX = "in an image of 48 x 40 pixels; it must be x, y, width, height in pixels, not corners"
+BOX = "in an image of 48 x 40 pixels; it must be x, y, width, height in pixels of this image, not corners"
 MASK = "in an image of 48 x 40 pixels; it must be polygons of three points or more"
 NOTES = {  # what an annotation has, and words of what is wrong with it, if anything
     "another image": ({"image_id": 5}, "is of the image 5, which is none"),
@@ -661,6 +669,12 @@ NOTES = {  # what an annotation has, and words of what is wrong with it, if anyt
     "lengths of another size": ({"segmentation": lengths(32, size=(4, 8))}, "'size': [4, 8]", MASK),
     "too short lengths": ({"segmentation": lengths(100, 20)}, "'counts': [100, 20]", MASK, "add up to"),
     "too long lengths": ({"segmentation": lengths(1900, 30)}, "'counts': [1900, 30]", MASK),
+    "negative lengths": ({"segmentation": lengths(-5, 1925)}, "'counts': [-5, 1925]", MASK),
+    "too short text": ({"segmentation": compressed(20, 24)}, "'size': [40, 48]", MASK, "add up to"),
+    "half a text": ({"segmentation": {"size": [40, 48], "counts": "T1U1"}}, "'counts': 'T1U1'", MASK),
+    "a box elsewhere": ({"bbox": [500, 500, 20, 20]}, "has the bbox [500, 500, 20, 20]", BOX),
+    "a box above the image": ({"bbox": [5, -30, 20, 20]}, "has the bbox [5, -30, 20, 20]", BOX),
+    "a huge area": ({"area": 1e12}, "has the area 1000000000000.0; it must be a number"),
     "nothing unusual": ({},),
     "the whole image": ({"bbox": [0, 0, 48, 40]},),
     "a large box that ends a little outside": ({"bbox": [2, 3, 47, 39]},),
@@ -689,6 +703,8 @@ BAD_FILES = (
     (note(3, bbox=[1, 2, 3, math.nan]), "train2017.json: ", "annotation 4 has the bbox [1, 2, 3, nan]"),
     (note(3, area=math.inf), "train2017.json: ", "annotation 4 has the area inf"),
     (rewrite(lambda c: c["images"].append(c["images"][0])), "9 images with 8 different ids"),
+    (rewrite(lambda c: c["categories"].append(c["categories"][0])), "3 categories with 2 different ids"),
+    (rewrite(lambda c: c["images"][3].update(id="3")), "not in COCO's format (TypeError"),
     (
         rewrite(lambda c: c["images"][3].update(height=41)),
         "803.png: has",
@@ -768,11 +784,17 @@ def test_more_objects_than_coco_counts_are_said_once(copy, capsys):
 
 
 def test_broken_files_are_named(copy, encoder, tmp_path, capsys):
+    def make_thin(content):
+        content["images"][4].update(height=1, width=900)
+        for annotation in content["annotations"]:
+            if annotation["image_id"] == 504:
+                annotation["bbox"] = [5, 0, 9, 1]
+
     def change(root):
         (root / "val2017/000000000503.png").write_bytes(b"no image")
         (root / "train2017/000000000804.png").write_bytes(b"no image")
         Image.fromarray(np.zeros((1, 900, 3), np.uint8)).save(root / "val2017/000000000504.png")
-        rewrite(lambda c: c["images"][4].update(height=1, width=900), "val2017")(root)
+        rewrite(make_thin, "val2017")(root)
 
     flags = ("--batch-size", 6, "--label-fraction", 0.1)  # all six, for a batch needs them
     run("--encoder", encoder, "--data", copy(change), "--out", tmp_path / "run", *flags)

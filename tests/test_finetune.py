@@ -1092,7 +1092,8 @@ def boxes_of(folder):
 
 
 def test_objects_compare_encoders(folder, encoder, tmp_path, capsys):
-    boxes_of(folder)
+    table = boxes_of(folder)
+    table.write_text(table.read_text().replace(",", ", "), encoding="utf-16")  # as some programs write it
     flags = ["--objects", "boxes.csv", "--data", folder, "--out", tmp_path / "out"]
     run(*flags, "--encoder", encoder, "none", "--image-size", 16, "--patch-size", 4)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -1111,6 +1112,7 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         "corners": good.replace(",2,2,9,9", ",9,9,2,2"),
         "normalised": good.replace(",2,2,9,9", ",.1,.1,.5,.5"),
         "other_files": good.replace("val/", "validation/"),
+        "short": good + "train/class0/00.png,2,2\n",
         "outside": good.replace(",2,2,9,9", ",90,90,99,99"),
         "list.txt": "",
     }
@@ -1121,6 +1123,7 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         ((tmp_path / "no_table", "--data", folder), "its columns are ['hello']"),
         ((tmp_path / "corners", "--data", folder), "[9, 9, 2, 2]"),
         ((tmp_path / "normalised", "--data", folder), "whole pixels"),
+        ((tmp_path / "short", "--data", folder), "line 50 has too few columns"),
         ((tmp_path / "other_files", "--data", folder), "8 of 8 images have no box"),
         ((folder / "boxes.csv", "--data", "shapes"), "takes one folder"),
         ((folder / "boxes.csv", "--data", folder, folder), "takes one folder"),
@@ -1131,10 +1134,14 @@ def test_mistakes_with_objects_are_one_clear_line(folder, encoder, tmp_path, cap
         one_line(capsys, words)
     run("--encoder", encoder, "none", code=2)
     one_line(capsys, "one encoder a run")
+    assert not (tmp_path / "out").exists()
+
+    # A box that leaves its image is that of another size, or another image.
     flags = ("--objects", tmp_path / "outside", "--data", folder, "--encoder", encoder)
     run(*flags, "--out", tmp_path / "out", code=2)
-    assert "none of the 8 images counts" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.count("its box 90,90,99,99 (ends included) leaves its 20 x 20 pixels") == 8
+    assert "none of the 8 images counts" in error.splitlines()[-1]
 
 
 def test_evaluating_says_which_epoch_it_is_and_what_the_last_one_was(folder, encoder, tmp_path, capsys):
@@ -1224,7 +1231,7 @@ def test_mistakes_with_predict_are_one_clear_line(finished, folder, tmp_path, ca
     (tmp_path / "empty").mkdir()
     (tmp_path / "out" / "predictions.csv").mkdir(parents=True)  # in the way
     for images, code, words in (
-        ("", 2, "--predict : goes with --evaluate RUN, and names images"),
+        ("", 2, "--predict: an empty name"),
         ("nowhere", 2, "nowhere: there is no such file or folder; check the path"),
         (tmp_path / "empty", 2, "no images in it (looked for .jpg"),
         (folder / "val", 1, "predictions.csv could not be written"),

@@ -402,6 +402,9 @@ def test_evaluating_takes_another_window_but_no_other_model(scenes, encoder, tmp
     one_line(capsys, "lies among the images of --predict")
     run(*single, images / "masks")
     assert (images / "masks" / "b.png").exists()
+    capsys.readouterr()
+    run(*single, scenes / "annotations" / "training", code=2)
+    one_line(capsys, "holds images that masks could replace")
 
 
 def test_masks_that_count_from_0(scenes, encoder, tmp_path, capsys):
@@ -510,6 +513,10 @@ def test_mistakes_get_one_line(scenes, encoder, tmp_path, capsys):
         ),
         (lambda root: (root / "classes.txt").unlink(), "bad: neither shapes nor a folder", "no classes.txt"),
         (write_classes("sky\n"), "names 1 classes"),
+        (
+            lambda root: (root / "classes.txt").write_text("sky\n", encoding="utf-16"),
+            "names 1 classes",
+        ),
         (write_classes("sky\n\nroad\n"), "names 3 classes, 1 of them by an empty line"),
         (lambda root: shutil.rmtree(root / "images/validation"), "images/validation: there is no such file"),
         (lambda root: shutil.rmtree(root / "images"), "images/training: there is no such file or folder"),

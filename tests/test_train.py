@@ -234,6 +234,38 @@ def test_a_finished_run_says_so(reference, folder, capsys):
     assert len(rows(reference)) == 9 and (reference / "checkpoint.pt").stat().st_mtime_ns == before
 
 
+def test_what_a_run_made_is_not_overwritten_by_another_start(reference, folder, tmp_path, capsys):
+    """Without its checkpoint a run cannot go on. Without its encoder.pt it makes that again."""
+    shutil.copytree(reference, tmp_path / "run")
+    whole = (reference / "encoder.pt").read_bytes()
+    flags = ("--method", "mixedae", "--data", folder, "--out", tmp_path / "run", "--val-images", 8)
+    for spoil in (lambda path: path.unlink(), lambda path: path.write_bytes(whole[:100])):
+        spoil(tmp_path / "run" / "encoder.pt")
+        run(*flags)
+        assert vit.load_encoder(tmp_path / "run" / "encoder.pt")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    capsys.readouterr()
+    run(*flags, code=2)
+    one_line(capsys, "holds encoder.pt but no checkpoint.pt to go on from; choose another --out")
+    assert len(rows(tmp_path / "run")) == 9
+
+
+def test_a_run_of_another_program_is_named(reference, folder, tmp_path, capsys):
+    data = ("--data", folder, "--out", tmp_path / "probe")
+    probe = ("--protocol", "linear", "--encoder", reference / "encoder.pt", "--epochs", 1, "--batch-size", 8)
+    run(*probe, *data, "--workers", 0, "--device", "cpu", main=finetune.main, defaults=())
+    capsys.readouterr()
+    for more in ((), ("--draw", folder / "val/class0/40.png")):
+        run("--method", "mixedae", *data, *more, code=2)
+        one_line(capsys, "checkpoint.pt is of a run of finetune.py (now train.py)")
+
+    # But its encoder may be trained on.
+    for file in ("best.pt", "checkpoint.pt"):
+        out = ("--out", tmp_path / file, "--init", tmp_path / "probe" / file)
+        run("--method", "mae", "--data", folder, "--epochs", 1, *out)
+        assert "fills the encoder" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_resumed_run_equals_the_one_never_stopped(
     reference, folder, tmp_path, monkeypatch, number
@@ -818,6 +850,9 @@ MISTAKES = [  # flags as typed, a word of the line that answers them
     ("--data imagenot", "neither a set"),
     ("--data=", "neither a set"),
     ("--init=", "an empty name"),
+    ("--out=", "an empty name"),
+    ("--batch-size 100000000", "larger than the set of 40"),
+    ("--lr 1e-3 --min-lr 1", "the learning rate 0.001 is below 1, where its schedule ends"),
     ("--epoch 3", "unrecognized"),
     ("--epochs 0", "whole number from 1"),
     ("--epochs 1e400", "whole number from 1"),
@@ -1194,6 +1229,9 @@ def test_statistics_reach_the_model_the_pictures_and_the_file(folder, tmp_path, 
 
 
 def test_the_default_batch_is_shared_by_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # without a rank there is one process
+    assert train.parse_args([]).batch_size == 32
+    monkeypatch.setenv("RANK", "0")
     for world, batch in ((1, 32), (2, 16), (8, 4), (16, 4)):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         assert train.parse_args([]).batch_size == batch

@@ -160,6 +160,14 @@ def test_the_line_says_which_weights_were_taken(packed, tmp_path, capsys):
         assert f"state_dict, not {key}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["dino", "clip"])
+def test_an_encoder_of_ours_is_not_read_as_one_of_others(packed, kind, tmp_path):
+    """No tensor shows its heads."""
+    torch.save(packed, tmp_path / "encoder.pt")
+    with pytest.raises(UserError, match=f"it is an encoder.pt of this project: give it without {kind}:"):
+        mrmae.open_teacher(f"{kind}:{tmp_path / 'encoder.pt'}", (4, 4))
+
+
 def test_clips_of_others_are_refused(tmp_path):
     """OpenCLIP's ViT-H has heads of 80: read with 64 it would give wrong features and no error."""
     weights = {
