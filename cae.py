@@ -129,8 +129,7 @@ def block_mask(batch, grid, count, tries=400, at_once=4):
     `at_once` boxes for each mask, takes the first that may be, and throws the others away. The masks have the
     same distribution as with one box after the other: a box that may not be taken changes nothing, and those
     behind the one that is taken are never looked at. (Only `tries` differs: it counts the boxes thrown away,
-    too.) On the paper's grid of 14 x 14 patches this takes half of the time; on small grids it makes no
-    difference.
+    too.) It takes about half of the time.
     """
     h, w = grid  # in patches
     smallest = max(1, round(16 / 196 * h * w))  # patches in the smallest box

@@ -416,14 +416,14 @@ def object_awareness(maps, masks):
 # A first reading may stop here. What follows: flags, image files, folders and lists, torchvision's sets,
 # loader processes, broken images, pictures, charts, and the run's folder.
 # ============================================================================================================
-def add_data_args(parser, names=NAMES, default="shapes", **several):
+def add_data_args(parser, names=NAMES, default="shapes", nargs=None):
     """The flags of --data and of augmentation, for train.py and finetune.py. names: the sets that the help
-    lists; several: how argparse takes more than one word."""
+    lists; nargs: how many words --data takes."""
     add = parser.add_argument_group("data").add_argument
 
     # Where the images are.
     what = f"a set ({', '.join(names)}), a folder (./cifar10 for one of that name), or a .txt of image paths"
-    add("--data", default=default, help=what, **several)
+    add("--data", default=default, nargs=nargs, help=what)
     add("--data-root", default="datasets", help="where torchvision's sets lie, or go with --download")
     add("--download", action="store_true", help="let torchvision download the set into --data-root")
 
@@ -466,9 +466,10 @@ say_once = functools.cache(print_rank0)  # once per process, so loader processes
 
 
 def open_image(path):
-    """A file of one of SUFFIXES as a PIL image, whatever its name says. PIL knows more formats, and hands
-    PostScript to Ghostscript, which runs it as a program."""
-    return Image.open(path, formats=["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
+    """An image file as a PIL image, in any format that PIL knows except PostScript (EPS): that it would hand
+    to Ghostscript, which runs it as a program."""
+    Image.init()  # loads all formats
+    return Image.open(path, formats=[name for name in Image.ID if name != "EPS"])
 
 
 def decode(path):
@@ -494,10 +495,10 @@ def decode(path):
         with open_image(path) as file:
             image = from_pil(file)
 
-    # Refuse an image so thin that it would fill the memory once it is enlarged to cover a square.
+    # Refuse an image so thin that it would fill the memory once its short side is as long as asked.
     height, width = image.shape[1:]
     if max(height, width) > 1000 * min(height, width):
-        raise ValueError(f"{height} x {width} pixels are too thin to be enlarged")
+        raise ValueError(f"{width} x {height} pixels are too thin to be enlarged")
     return image
 
 
@@ -575,7 +576,7 @@ def open_folder(folder):
         if len(parts) == 1:  # a class begins; the one before is finished
             listed = {top}
         real = os.path.realpath(root)
-        is_run = parts and {".lock", "args.json"} <= set(names)
+        is_run = parts and ".lock" in names and "pictures" in folders
         if real in listed or is_run:
             folders.clear()  # os.walk goes on into what is left in `folders`: here nothing
             continue
@@ -872,7 +873,8 @@ SAME_CHART = {"homocon_floor": "homocon", "object_area": "object_attention", "th
 
 
 def read_log(folder):
-    """The rows of a run's log.jsonl; lines that are none, such as one that a kill cut short, are left out."""
+    """The rows of a run's log.jsonl; lines that are no rows, such as one that a kill cut short, are left
+    out."""
     path = Path(folder) / "log.jsonl"
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
@@ -999,7 +1001,7 @@ class RunFolder:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--out {path}: another process is training in this folder; stop it or choose another folder"
+                f"--out {path}: another process is using this folder; stop it or choose another folder"
             ) from None
         except OSError:
             print(f"warning: {path} cannot be locked; let no second run use it", file=sys.stderr)

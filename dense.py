@@ -837,7 +837,8 @@ def evaluate(args, device):
     out, images = Path(args.out).resolve(), root.resolve()
     if args.predict and (out == images or not single and out.is_relative_to(images)):
         raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
-    if args.predict and any(out.glob("*.png")) and not os.path.exists(out / ".lock"):
+    in_use = args.task == "segment" and any(out.glob("*.png")) and not os.path.exists(out / ".lock")
+    if args.predict and in_use:
         raise UserError(f"--out {args.out}: holds images that masks could replace; choose another folder")
 
     # Take the folder for what will be written.
@@ -1156,7 +1157,10 @@ def scene_classes(folder):
     objectInfo150.txt, which has a head line."""
     for path, first in ((folder / "classes.txt", 0), (folder / "objectInfo150.txt", 1)):
         if os.path.isfile(path):
-            lines = read_text(path).rstrip().splitlines()[first:]
+            try:
+                lines = read_text(path).rstrip().splitlines()[first:]
+            except (OSError, UnicodeError) as error:
+                raise UserError(f"{path}: cannot be read ({one_line(error)}); write it in UTF-8") from None
             classes = [line.split("\t")[-1].strip() for line in lines]
             if all(classes) and 2 <= len(classes) < IGNORE:
                 return classes
@@ -1268,6 +1272,8 @@ def run_lengths(text):
             number -= (bits & 16) << (place - 4)  # the sign, if it is set
             lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
             number, place = 0, 0
+    if place:
+        raise ValueError("compressed run lengths break off")
     return lengths
 
 
@@ -1281,8 +1287,8 @@ def mistake_of(note, images, categories):
     width, height = images[image]["width"], images[image]["height"]
     where = f"in an image of {width} x {height} pixels"
 
-    # Check the box. A box given by its corners can be told if it lies in the lower right part of the image:
-    # read as x, y, width and height, it ends far outside.
+    # Check the box: it must have four numbers, and touch the image. A box given by its corners can be told if
+    # it lies in the lower right part of the image: read as x, y, width and height, it ends far outside.
     if (
         len(box or ()) != 4
         or not np.isfinite(box).all()

@@ -1137,13 +1137,7 @@ def add_encoder_args(parser, nargs=None):
         nargs=nargs,
         help="an encoder.pt, a published file, or none: a random encoder",
     )
-    add(
-        "--evaluate",
-        nargs="+",
-        action="extend",
-        metavar="RUN",
-        help="evaluate these finished runs, and stop",
-    )
+    add("--evaluate", nargs="+", metavar="RUN", help="evaluate these finished runs, and stop")
     add(
         "--predict",
         type=file_name,
@@ -1173,7 +1167,7 @@ def parse_args(argv=None):
         "val images of --data, a folder (MixedAE Sec. 3.4); columns file,x0,y0,x1,y1, files relative to it",
     )
     add_run_args(parser)
-    add_data_args(parser, [*NAMES, *SETS], nargs="+", action="extend", default=None)
+    add_data_args(parser, [*NAMES, *SETS], nargs="+", default=None)
     add_size_args(parser, decoder=False)
     add = parser.add_argument_group(protocol).add_argument
     add(

@@ -98,6 +98,7 @@ from vit import (
     positive_float,
     positive_int,
     print_rank0,
+    rename,
     resolve_sizes,
     strip_prefixes,
     unpack_encoder,
@@ -281,9 +282,8 @@ def train_loop(run, dataset, test):
         loss_is_finite = save(run, micro_batches[0])
     elif finished and something_to_do and loss_is_finite:
         save(run)
-    elif finished and not something_to_do and run.folder:  # write again what may be missing or older
-        for name, content in run.export().items():
-            run.folder.write(name, lambda file: torch.save(content, file))
+    elif finished and not something_to_do and run.folder:  # make again what may be missing, or older
+        write_files(run, run.export())
 
     # Say how the run ended. If it was an error of this process alone, its own message says more.
     own_error = broken.error() if broken.too_many else loader_error
@@ -379,7 +379,7 @@ def save(run, micro_batch=None):
     is finite with these weights. If it is not, nothing is written.
 
     micro_batch: what the loss is computed on, with the masks of the step just done; None: the weights were
-    tried before. If a write fails, the old file stays, and training goes on after a warning.
+    tried before.
     """
     # The step's own loss was that of the weights before its update. So compute the loss once more, with the
     # new ones, on all processes.
@@ -398,8 +398,8 @@ def save(run, micro_batch=None):
     if not run.folder:
         return True
 
-    # Write checkpoint.pt first: whatever kills the process now, the steps are not lost, and a resumed run
-    # writes encoder.pt anew.
+    # Write checkpoint.pt first. Once it is written, nothing can lose the steps done: if the process is killed
+    # before it has written encoder.pt, a resumed run writes that anew.
     saved = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -410,13 +410,19 @@ def save(run, micro_batch=None):
         "steps": run.batches.steps,
         **run.state,
     }
-    try:
-        for name, content in {"checkpoint.pt": saved, **run.export()}.items():
-            run.folder.write(name, lambda file: torch.save(content, file))
-    except UserError as error:
-        run.folder.failed = True
-        warn(run, str(error))
+    write_files(run, {"checkpoint.pt": saved, **run.export()})
     return True
+
+
+def write_files(run, files):
+    """files: {name: content}. If a write fails, the old file stays, and the program goes on after a
+    warning."""
+    for name, content in files.items():
+        try:
+            run.folder.write(name, lambda file: torch.save(content, file))
+        except UserError as error:
+            run.folder.failed = True
+            warn(run, str(error))
 
 
 def write_row(run, test):
@@ -617,7 +623,7 @@ def create_run(args, device, model, optimizer, example, facts, default_lr, **fie
     if lr < fields["min_lr"]:
         raise UserError(
             f"the learning rate {lr:g} is below {fields['min_lr']:g}, where its schedule ends; give a higher "
-            f"--lr or --blr, or to train.py a lower --min-lr"
+            f"--lr or --blr (train.py: or a lower --min-lr)"
         )
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
     ddp = wrap_ddp(model, args, device, example)
@@ -690,7 +696,7 @@ def load_checkpoint(path, args):
     keys = set(names.split())
     if not isinstance(saved, dict) or not keys <= saved.keys():
         raise UserError(
-            f"{path}: not a checkpoint of this version of train.py; move it away or choose another --out"
+            f"{path}: not a checkpoint of this version of the program; move it away or choose another --out"
         )
     program, now = (
         "finetune.py" if "protocol" in flags else "dense.py" if "task" in flags else "train.py"
@@ -717,9 +723,15 @@ FREE_FLAGS = set(
 
 def load_begun(args):
     """The checkpoint of the run in --out, or None if none was begun. All flags but FREE_FLAGS must be as they
-    were."""
+    were. Without a checkpoint, refuse to write over what a run has made."""
     path = Path(args.out) / "checkpoint.pt"
     if not os.path.exists(path):
+        for name in ("encoder.pt", "tokenizer.pt", "results.json"):
+            if os.path.exists(path.with_name(name)):
+                raise UserError(
+                    f"--out {args.out}: holds {name} but no checkpoint.pt to go on from; choose another "
+                    f"--out, or move {name} away"
+                )
         return None
     saved = load_checkpoint(path, args)
     then = {**saved["args"], "global batch": saved["global_batch"]}
@@ -739,17 +751,10 @@ def load_begun(args):
 
 
 def resume(run):
-    """Continue from checkpoint.pt, if there is one. If there is none, refuse to write over what a run has
-    made."""
+    """Continue from checkpoint.pt, if there is one."""
     path = Path(run.args.out) / "checkpoint.pt"
     saved = load_begun(run.args)
     if saved is None:
-        for name in ("encoder.pt", "tokenizer.pt", "best.pt", "results.json"):
-            if os.path.exists(path.with_name(name)):
-                raise UserError(
-                    f"--out {run.args.out}: holds {name} but no checkpoint.pt to go on from; choose another "
-                    f"--out, or move {name} away"
-                )
         return
 
     # The training set, too, must be as it was. (A finished run needs it no more.)
@@ -833,19 +838,22 @@ def load_weights(model, path):
     try:
         if {"config", "state_dict"} <= state.keys():  # encoder.pt
             weights = {f"encoder.{name}": value for name, value in state["state_dict"].items()}
-            shape = dict(state["config"])
-        elif {"config", "model"} <= state.keys():  # best.pt
-            weights, shape = state["model"], dict(state["config"])
+            shape = state["config"]
+        elif {"config", "model", "metric"} <= state.keys():  # best.pt; dense.py's detectors hold a backbone
+            weights = rename(state["model"], [(r"^backbone\.encoder\.", "encoder.")])
+            shape = state["config"]
         elif "global_batch" in state:  # checkpoint.pt
+            if {"protocol", "task"} & state["args"].keys():
+                raise UserError(f"--init {path}: does not say its encoder's shape; give the run's best.pt")
             weights, shape = state["model"], state["args"]
         else:
             convert = from_official_cae if isinstance(model, CAE) else from_published
             found = strip_prefixes(find_weights(state, path), "module|_orig_mod|backbone")
             weights, shape = convert(found), {}
         weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
-        if not weights:
+        if not weights or not isinstance(shape, dict):
             raise KeyError("weights")
-    except (AttributeError, KeyError, TypeError, ValueError):  # lists, numbers ... where dicts should be
+    except (AttributeError, KeyError, TypeError):  # lists, numbers ... where dicts by name should be
         raise UserError(f"--init {path}: holds no weights by name") from None
     return load_matching(model, weights, shape, f"--init {path}")
 
@@ -1188,7 +1196,6 @@ def parse_args(argv=None, base=()):
     add(
         "--draw",
         nargs="+",
-        action="extend",
         metavar="IMAGE",
         help="draw pictures of these images with the run in --out and its flags, and stop",
     )

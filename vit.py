@@ -1008,7 +1008,7 @@ def load_matching(model, weights, shape, source):
     encoder = model.encoder
     for key in ("patch_size", "heads"):
         here = encoder.config[key]
-        if shape.get(key, here) not in (here, None):
+        if shape.get(key, here) != here:
             flag = key.replace("_", "-")
             raise UserError(f"{source}: has {flag} {shape[key]} (here {here}); give --{flag} {shape[key]}")
 

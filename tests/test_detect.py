@@ -634,6 +634,8 @@ def test_compressed_run_lengths_are_read_as_pycocotools_writes_them(seed):
     lengths = np.diff([0, *sorted(ends), 400_000]).tolist()
     packed = dense.coco_mask.frPyObjects({"size": [400, 1000], "counts": lengths}, 400, 1000)
     assert dense.run_lengths(packed["counts"].decode()) == lengths
+    with pytest.raises(ValueError, match="break off"):
+        dense.run_lengths(packed["counts"].decode() + "P")
 
 
 def polygon(*numbers):
@@ -671,7 +673,7 @@ NOTES = {  # what an annotation has, and words of what is wrong with it, if anyt
     "too long lengths": ({"segmentation": lengths(1900, 30)}, "'counts': [1900, 30]", MASK),
     "negative lengths": ({"segmentation": lengths(-5, 1925)}, "'counts': [-5, 1925]", MASK),
     "too short text": ({"segmentation": compressed(20, 24)}, "'size': [40, 48]", MASK, "add up to"),
-    "half a text": ({"segmentation": {"size": [40, 48], "counts": "T1U1"}}, "'counts': 'T1U1'", MASK),
+    "a wrong text": ({"segmentation": {"size": [40, 48], "counts": "T1U1"}}, "'counts': 'T1U1'", MASK),
     "a box elsewhere": ({"bbox": [500, 500, 20, 20]}, "has the bbox [500, 500, 20, 20]", BOX),
     "a box above the image": ({"bbox": [5, -30, 20, 20]}, "has the bbox [5, -30, 20, 20]", BOX),
     "a huge area": ({"area": 1e12}, "has the area 1000000000000.0; it must be a number"),

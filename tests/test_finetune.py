@@ -216,7 +216,7 @@ def test_mcmaes_published_layout(fine_tuned, tmp_path, capsys, monkeypatch):
         and loaded.config["class_token"] is False
     )
     monkeypatch.setitem(vit.SIZES, "golden", (48, 2, 4, 32, 2, 4))
-    ratios = dict(mlp_ratios=[2, 3], mlp_ratio=4, decoder_mlp_ratio=2)
+    ratios = dict(mlp_ratios=[2, 3], decoder_mlp_ratio=2)
     monkeypatch.setitem(vit.STEM_SIZES, "golden", dict(widths=[16, 24], depths=[1, 1], depth=2, **ratios))
     whole = mrmae.MAE(train.parse_args("--method mae --stem conv --size golden".split()))
     whole.load_state_dict(mrmae.from_official_mcmae(MCMAE["state_dict"]))

@@ -36,7 +36,7 @@ CLOSE = dict(atol=5e-6, rtol=0)
 @pytest.fixture
 def golden_size(monkeypatch):
     """A size of our own, as a fork would add it: that of MCMAE's reference numbers."""
-    sizes = dict(widths=[16, 24], depths=[1, 1], mlp_ratios=[2, 3], depth=2, mlp_ratio=4, decoder_mlp_ratio=2)
+    sizes = dict(widths=[16, 24], depths=[1, 1], mlp_ratios=[2, 3], depth=2, decoder_mlp_ratio=2)
     monkeypatch.setitem(vit.SIZES, "golden", (48, 2, 4, 32, 2, 4))
     monkeypatch.setitem(vit.STEM_SIZES, "golden", sizes)
     return sizes

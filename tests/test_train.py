@@ -260,10 +260,13 @@ def test_a_run_of_another_program_is_named(reference, folder, tmp_path, capsys):
         one_line(capsys, "checkpoint.pt is of a run of finetune.py (now train.py)")
 
     # But its encoder may be trained on.
-    for file in ("best.pt", "checkpoint.pt"):
-        out = ("--out", tmp_path / file, "--init", tmp_path / "probe" / file)
-        run("--method", "mae", "--data", folder, "--epochs", 1, *out)
-        assert "fills the encoder" in capsys.readouterr().out
+    flags = ("--method", "mae", "--data", folder, "--epochs", 1, "--out", tmp_path / "more", "--init")
+    run(*flags, tmp_path / "probe" / "checkpoint.pt", code=2)
+    one_line(capsys, "give the run's best.pt")
+    run(*flags, tmp_path / "probe" / "best.pt", "--heads", 4, code=2)
+    one_line(capsys, "has heads 2 (here 4)")
+    run(*flags, tmp_path / "probe" / "best.pt")
+    assert "fills the encoder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
