@@ -610,7 +610,7 @@ def check_args(args):
 #   patches show. On our data the network does so: after one epoch Eq. 7 is close to its least value. With
 #   `--no-segment-embedding` it stays far above, because the network must compare what the patches show. At a
 #   laptop's size two seeds of that encoder did better in every probe than two with segment embeddings, and
-#   than two of MAE (docs/results.md).
+#   than three of MAE (docs/results.md).
 # - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
 #   because in MAE's rule everything with more than one dimension does. `export` adds segment 0 to the patch
 #   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT.
