@@ -834,7 +834,8 @@ def evaluate(args, device):
     root = Path(args.predict or "")
     single = os.path.isfile(root)
     root = root.parent if single else root
-    out, images = Path(args.out).resolve(), root.resolve()
+    out = Path(args.out).resolve()
+    images = root.resolve()
     if args.predict and (out == images or not single and out.is_relative_to(images)):
         raise UserError(f"--out {args.out}: lies among the images of --predict, which masks could replace")
     in_use = args.task == "segment" and any(out.glob("*.png")) and not os.path.exists(out / ".lock")
@@ -1263,15 +1264,20 @@ def run_lengths(text):
     The highest bit of a number is its sign. From the fourth run on, a number is the difference from the run
     two before.
     """
-    lengths, number, place = [], 0, 0
+    lengths = []
+    number = 0  # what has been read of the next number
+    place = 0  # how many bits of it
     for character in text:
         bits = ord(character) - 48
         number |= (bits & 31) << place
         place += 5
         if not bits & 32:  # the last five bits
             number -= (bits & 16) << (place - 4)  # the sign, if it is set
-            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
-            number, place = 0, 0
+            if len(lengths) > 2:
+                number += lengths[-2]
+            lengths.append(number)
+            number = 0
+            place = 0
     if place:
         raise ValueError("compressed run lengths break off")
     return lengths

@@ -1070,6 +1070,8 @@ def measure_objects(args, device):
     dataset = train_set if val_set is None else val_set
     table = args.objects if os.path.exists(args.objects) else Path(folder, args.objects)
     boxes = read_boxes(table, dataset, folder)
+
+    # Take the folder before the long work, not after it.
     out = RunFolder(args.out or "runs/objects") if dist.get_rank() == 0 else None
 
     results, panels, ids = {}, {}, None

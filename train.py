@@ -685,6 +685,13 @@ def export_encoder(model, args):
     return pack_encoder(model.encoder, args.method, feature, args.mean, args.std)
 
 
+def program_of(flags):
+    """Which program has these flags."""
+    if "protocol" in flags:
+        return "finetune.py"
+    return "dense.py" if "task" in flags else "train.py"
+
+
 def load_checkpoint(path, args):
     """checkpoint.pt as `save` wrote it, of the same program and method as `args`."""
     if not os.path.exists(path):
@@ -698,12 +705,10 @@ def load_checkpoint(path, args):
         raise UserError(
             f"{path}: not a checkpoint of this version of the program; move it away or choose another --out"
         )
-    program, now = (
-        "finetune.py" if "protocol" in flags else "dense.py" if "task" in flags else "train.py"
-        for flags in (saved["args"], vars(args))
-    )
-    if program != now:
-        raise UserError(f"{path} is of a run of {program} (now {now}); choose another --out")
+    then = program_of(saved["args"])
+    now = program_of(vars(args))
+    if then != now:
+        raise UserError(f"{path} is of a run of {then} (now {now}); choose another --out")
     if saved["args"]["method"] != args.method:
         raise UserError(
             f"{path} was made with method {saved['args']['method']} (now {args.method}); use that, or "
@@ -724,6 +729,7 @@ FREE_FLAGS = set(
 def load_begun(args):
     """The checkpoint of the run in --out, or None if none was begun. All flags but FREE_FLAGS must be as they
     were. Without a checkpoint, refuse to write over what a run has made."""
+    # Is there a checkpoint? If there is none, encoder.pt or results may still lie there: do not lose them.
     path = Path(args.out) / "checkpoint.pt"
     if not os.path.exists(path):
         for name in ("encoder.pt", "tokenizer.pt", "results.json"):
@@ -734,6 +740,8 @@ def load_begun(args):
                 )
         return None
     saved = load_checkpoint(path, args)
+
+    # Compare the flags, and with them B'.
     then = {**saved["args"], "global batch": saved["global_batch"]}
     now = {**vars(args), "global batch": args.batch_size * args.accumulate * dist.get_world_size()}
     changed = [
@@ -835,6 +843,8 @@ def load_weights(model, path):
     state = load_file(path)
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
+    # Find the weights, named as in a whole model ("encoder." in front), and what the file says of the shape
+    # of its encoder.
     try:
         if {"config", "state_dict"} <= state.keys():  # encoder.pt
             weights = {f"encoder.{name}": value for name, value in state["state_dict"].items()}
@@ -843,13 +853,15 @@ def load_weights(model, path):
             weights = rename(state["model"], [(r"^backbone\.encoder\.", "encoder.")])
             shape = state["config"]
         elif "global_batch" in state:  # checkpoint.pt
-            if {"protocol", "task"} & state["args"].keys():
+            if program_of(state["args"]) != "train.py":
                 raise UserError(f"--init {path}: does not say its encoder's shape; give the run's best.pt")
             weights, shape = state["model"], state["args"]
         else:
             convert = from_official_cae if isinstance(model, CAE) else from_published
             found = strip_prefixes(find_weights(state, path), "module|_orig_mod|backbone")
             weights, shape = convert(found), {}
+
+        # Leave out what is no tensor.
         weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
         if not weights or not isinstance(shape, dict):
             raise KeyError("weights")
