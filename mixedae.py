@@ -609,8 +609,8 @@ def check_args(args):
 #   into the input all the same: which patches belong together can be read off the vectors, whatever the
 #   patches show. On our data the network does so: after one epoch Eq. 7 is close to its least value. With
 #   `--no-segment-embedding` it stays far above, because the network must compare what the patches show. At a
-#   laptop's size two seeds of that encoder did better in every probe than two with segment embeddings, and
-#   than three of MAE (docs/results.md).
+#   laptop's size three seeds of that encoder did better in every probe than three with segment embeddings,
+#   and than three of MAE (docs/results.md).
 # - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
 #   because in MAE's rule everything with more than one dimension does. `export` adds segment 0 to the patch
 #   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT.
