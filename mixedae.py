@@ -614,7 +614,7 @@ def check_args(args):
 # - Segment embeddings are n learned vectors, added together with the positions. They get weight decay,
 #   because in MAE's rule everything with more than one dimension does. `export` adds segment 0 to the patch
 #   bias, so that what transfers is a plain ViT. The argument for this choice is the analogy with BERT.
-#   Without any segment the same encoder did as well in a linear probe on our data (docs/results.md).
+#   Probed without any segment, an encoder trained with them did as well on our data (docs/results.md).
 # - Eq. 5 holds if M is known on both sides. The paper does not say so, but the proof on the authors' poster
 #   needs it. Both sides are equal for independent images; the test has a pair of dependent images for which
 #   the left side is greater.
