@@ -843,6 +843,7 @@ def load_weights(model, path):
     state = load_file(path)
     if not hasattr(model, "encoder"):
         raise UserError(f"--init {path}: is for methods that train an encoder")
+
     # Find the weights, named as in a whole model ("encoder." in front), and what the file says of the shape
     # of its encoder.
     try:
